@@ -1,0 +1,31 @@
+"""The table of ops: rooms, their public functions, and where each is computed.
+
+A room has the same stem in every layer: ``fastdl/ops/<room>.py`` is its contract (maths, schema, gradient, what each back
+end refuses), ``fastdl/reference/<room>.py`` its meaning in plain torch, ``csrc/cpu/<room>*.cpp`` its CPU kernels,
+``fastdl/nn/<room>.py`` its modules, ``tests/test_<room>.py`` its test. `ROOMS` says which of them a room promises.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .quant_matmul import auto_activation, quant_embedding, quant_matmul, quantize
+
+
+@dataclass(frozen=True)
+class Room:
+    """functions: public names; backends: with kernels of their own, beside torch; modules: public names in fastdl.nn."""
+
+    functions: tuple[str, ...]
+    backends: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
+
+
+ROOMS: dict[str, Room] = {
+    # room           functions, back ends, modules
+    "quant_matmul": Room(
+        ("quantize", "quant_matmul", "quant_embedding", "auto_activation"), ("cpu",), ("QuantLinear", "QuantEmbedding")
+    ),
+}
+
+__all__ = ["ROOMS", "Room", "auto_activation", "quant_embedding", "quant_matmul", "quantize"]
