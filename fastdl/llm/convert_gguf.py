@@ -1,0 +1,122 @@
+"""A GGUF file as the source of a conversion: metadata kept key by key with its types, tensors decoded row by row.
+
+Tests: ``pytest tests/test_convert.py -k gguf``.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdl.llm.convert import ARCHITECTURES, Source
+from fastdl.llm.gguf import GGUFFile, ModelFileError, StringArray, TensorInfo, open_gguf
+from fastdl.llm.gguf_metadata import ARRAY, Cursor
+from fastdl.quant.formats import FORMATS, decode_rows
+
+_FIRST_KEY = 24  # magic, version, two counts
+
+
+class GGUFTensor:
+    """One tensor of an open GGUF file (convert.SourceTensor)."""
+
+    row_multiple = 1
+
+    def __init__(self, file: GGUFFile, info: TensorInfo):
+        self._file, self._info = file, info
+        self.name, self.shape, self.type = info.name, info.shape, info.type_name.lower()
+
+    def raw(self, start: int, stop: int) -> memoryview:
+        return memoryview(self._file.tensor_bytes(self.name)[start:stop]).cast("B") if stop > start else memoryview(b"")
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        data = self._file.tensor_bytes(self.name)[start:stop]
+        if self.type in FORMATS:
+            return decode_rows(torch.from_numpy(data.copy()), FORMATS[self.type], torch.float32)
+        return torch.from_numpy(np.array(self._decode(data), dtype=np.float32))
+
+    def _decode(self, data: np.ndarray) -> np.ndarray:
+        import gguf
+
+        if self.type == "f64":
+            return data.view("<f8")
+        try:
+            return gguf.quants.dequantize(data, gguf.GGMLQuantizationType(self._info.type_id))
+        except (NotImplementedError, ValueError):
+            raise ModelFileError(
+                f"{self._file.path}: tensor {self.name!r} has the type {self._info.type_name}, which nothing here decodes"
+            ) from None
+
+    def release(self) -> None:
+        self._file.release(self.name)
+
+
+def open_file(path: Path) -> Source:
+    """Opens ``path`` as a source; ModelFileError for what is not a whole GGUF file of a supported architecture."""
+    file = open_gguf(path)
+    try:
+        _check(file)
+        notes: list[str] = []
+        return Source(
+            path=path,
+            architecture=file.metadata.value("general.architecture", str),
+            files=[path],
+            nbytes=path.stat().st_size,
+            metadata=_typed_metadata(path, len(file.metadata), notes),
+            tensors=[GGUFTensor(file, info) for info in file.tensors.values()],
+            close=file.close,
+            notes=notes,
+        )
+    except BaseException:
+        file.close()
+        raise
+
+
+def _check(file: GGUFFile) -> None:
+    architecture = file.metadata.value("general.architecture", str)
+    if architecture not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise ModelFileError(f"{file.path}: architecture {architecture!r} is not supported (supported: {known})")
+    if file.metadata.value("split.count", int, 1) > 1:
+        raise ModelFileError(f"{file.path}: one part of a split model; join the parts first (llama-gguf-split --merge)")
+    if not file.tensors:
+        raise ModelFileError(f"{file.path}: holds no tensors (a vocabulary-only file?)")
+    if "token_embd.weight" not in file.tensors:
+        raise ModelFileError(f"{file.path}: tensor 'token_embd.weight' is missing")
+    for info in file.tensors.values():
+        if len(info.shape) > 2:
+            reason = "mixtures of experts are not supported" if "_exps" in info.name else "expected 1 or 2 dimensions"
+            raise ModelFileError(f"{file.path}: tensor {info.name!r} has the shape {info.shape}; {reason}")
+        if info.nbytes is None:
+            raise ModelFileError(f"{file.path}: tensor {info.name!r} has the type {info.type_name}, which is not supported")
+
+
+def _typed_metadata(path: Path, count: int, notes: list[str]) -> list[tuple[str, Any, Any, Any]]:
+    """Walks the header (which `open_gguf` has checked) again, because Python values do not tell an uint32 from an int64."""
+    from gguf import GGUFValueType
+
+    result = []
+    with open(path, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        cursor = Cursor(mapped, str(path))
+        cursor.pos = _FIRST_KEY
+        for _ in range(count):
+            key = cursor.text("the key")
+            kind = cursor.scalar("<I")
+            element = struct.unpack_from("<I", mapped, cursor.pos)[0] if kind == ARRAY else None
+            value = cursor.value(kind)
+            if isinstance(value, StringArray):
+                value = [value.raw(index) for index in range(len(value))]
+            elif isinstance(value, np.ndarray):
+                value = value.tolist()  # a copy: nothing may point into the map when it is closed
+            if kind == ARRAY and (element == ARRAY or not value):
+                what = "an array of arrays" if element == ARRAY else "an empty array"
+                notes.append(f"metadata key {key!r} is {what}, which the gguf library does not write; left out")
+                continue
+            result.append((key, value, GGUFValueType(kind), None if element is None else GGUFValueType(element)))
+            del value
+    return result
