@@ -1,7 +1,7 @@
 """The table of ops: rooms, their public functions, and where each is computed.
 
-A room has the same stem in every layer: ``fastdl/ops/<room>.py`` is its contract (maths, schema, gradient, what each back
-end refuses), ``fastdl/reference/<room>.py`` its meaning in plain torch, ``csrc/cpu/<room>*.cpp`` its CPU kernels,
+A room has the same stem in every layer: ``fastdl/ops/<room>.py`` is its contract (maths, schema, gradient, what each
+back end refuses), ``fastdl/reference/<room>.py`` its meaning in plain torch, ``csrc/cpu/<room>*.cpp`` its CPU kernels,
 ``fastdl/nn/<room>.py`` its modules, ``tests/test_<room>.py`` its test. `ROOMS` says which of them a room promises.
 """
 
@@ -9,12 +9,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .activation import swiglu
+from .attention import attention
+from .decoder_block import DecoderLayer, DecoderStack, decoder_blocks
+from .norm import rms_norm
 from .quant_matmul import auto_activation, quant_embedding, quant_matmul, quantize
+from .rope import rope, rope_table
 
 
 @dataclass(frozen=True)
 class Room:
-    """functions: public names; backends: with kernels of their own, beside torch; modules: public names in fastdl.nn."""
+    """functions: public names; backends: those with kernels of their own, beside torch; modules: names in fastdl.nn."""
 
     functions: tuple[str, ...]
     backends: tuple[str, ...] = ()
@@ -26,6 +31,26 @@ ROOMS: dict[str, Room] = {
     "quant_matmul": Room(
         ("quantize", "quant_matmul", "quant_embedding", "auto_activation"), ("cpu",), ("QuantLinear", "QuantEmbedding")
     ),
+    "decoder_block": Room(("decoder_blocks", "DecoderStack", "DecoderLayer"), ("cpu",)),
+    "norm": Room(("rms_norm",)),
+    "rope": Room(("rope", "rope_table")),
+    "attention": Room(("attention",)),
+    "activation": Room(("swiglu",)),
 }
 
-__all__ = ["ROOMS", "Room", "auto_activation", "quant_embedding", "quant_matmul", "quantize"]
+__all__ = [
+    "ROOMS",
+    "DecoderLayer",
+    "DecoderStack",
+    "Room",
+    "attention",
+    "auto_activation",
+    "decoder_blocks",
+    "quant_embedding",
+    "quant_matmul",
+    "quantize",
+    "rms_norm",
+    "rope",
+    "rope_table",
+    "swiglu",
+]
