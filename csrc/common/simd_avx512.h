@@ -1,0 +1,123 @@
+// simd.h for AVX-512 (F, BW, DQ, VL, VNNI; BF16 where __AVX512BF16__ is set).
+#pragma once
+
+#include <immintrin.h>
+
+namespace fastdl {
+namespace FASTDL_LEVEL {
+namespace {
+
+constexpr int LANES = 16;
+using vf = __m512;
+using vi = __m512i;
+using vb = __m512i;
+
+FASTDL_INLINE vf vload(const float* p) { return _mm512_loadu_ps(p); }
+FASTDL_INLINE void vstore(float* p, vf x) { _mm512_storeu_ps(p, x); }
+FASTDL_INLINE vf vset1(float x) { return _mm512_set1_ps(x); }
+FASTDL_INLINE vf vfma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+FASTDL_INLINE vf vadd(vf a, vf b) { return _mm512_add_ps(a, b); }
+FASTDL_INLINE vf vsub(vf a, vf b) { return _mm512_sub_ps(a, b); }
+FASTDL_INLINE vf vmul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+FASTDL_INLINE vf vdiv(vf a, vf b) { return _mm512_div_ps(a, b); }
+FASTDL_INLINE vf vmax(vf a, vf b) { return _mm512_max_ps(a, b); }
+FASTDL_INLINE vf vmin(vf a, vf b) { return _mm512_min_ps(a, b); }
+FASTDL_INLINE vf vabs(vf a) { return _mm512_abs_ps(a); }
+FASTDL_INLINE float vsum(vf a) { return _mm512_reduce_add_ps(a); }
+FASTDL_INLINE float vhmax(vf a) { return _mm512_reduce_max_ps(a); }
+FASTDL_INLINE vf vcvt(vi a) { return _mm512_cvtepi32_ps(a); }
+FASTDL_INLINE vi vround(vf a) { return _mm512_cvtps_epi32(a); }
+FASTDL_INLINE vf vscale2(vf a, vi n) { return _mm512_scalef_ps(a, _mm512_cvtepi32_ps(n)); }
+FASTDL_INLINE vi vset1i(int32_t x) { return _mm512_set1_epi32(x); }
+FASTDL_INLINE vf vload_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+FASTDL_INLINE void vstore_f16(uint16_t* p, vf x) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+// Lane r of a pair vector holds two 16-bit values; these take the lower or upper one to float32.
+FASTDL_INLINE vf vpair_bf16_lo(vb a) { return _mm512_castsi512_ps(_mm512_slli_epi32(a, 16)); }
+FASTDL_INLINE vf vpair_bf16_hi(vb a) {
+  return _mm512_castsi512_ps(_mm512_and_si512(a, _mm512_set1_epi32((int)0xffff0000)));
+}
+FASTDL_INLINE vf vpair_f16_lo(vb a) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(a)); }
+FASTDL_INLINE vf vpair_f16_hi(vb a) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(a, 16))); }
+
+FASTDL_INLINE vb bload(const uint8_t* p) { return _mm512_loadu_si512(p); }
+FASTDL_INLINE vb bset1(uint8_t x) { return _mm512_set1_epi8((char)x); }
+FASTDL_INLINE vb band(vb a, vb b) { return _mm512_and_si512(a, b); }
+FASTDL_INLINE vb bor(vb a, vb b) { return _mm512_or_si512(a, b); }
+FASTDL_INLINE vb bxor(vb a, vb b) { return _mm512_xor_si512(a, b); }
+template <int N>
+FASTDL_INLINE vb bshr(vb a) {  // bytes shifted right as part of 16-bit words: mask afterwards
+  return _mm512_srli_epi16(a, N);
+}
+template <int N>
+FASTDL_INLINE vb bshl(vb a) {
+  return _mm512_slli_epi16(a, N);
+}
+// Byte I of every lane, zero-extended, as float32.
+template <int I>
+FASTDL_INLINE vf vbyte(vb a) {
+  if constexpr (I == 3) return _mm512_cvtepi32_ps(_mm512_srli_epi32(a, 24));
+  return _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(a, 8 * I), _mm512_set1_epi32(0xff)));
+}
+// 16 int8 -> float32
+FASTDL_INLINE vf vload_i8(const int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
+// LANES float32, rounded to nearest even, saturated and stored as int8.
+FASTDL_INLINE void vstore_i8(int8_t* p, vi a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(a)); }
+FASTDL_INLINE int32_t vsumi(vi a) { return _mm512_reduce_add_epi32(a); }
+
+FASTDL_INLINE vi vbroadcast4(const int8_t* x) {
+  int32_t v;
+  memcpy(&v, x, 4);
+  return _mm512_set1_epi32(v);
+}
+
+// Codes are offset-binary for signed formats here: dot products start from nsum << SHIFT, nsum = -sum of x.
+constexpr bool SIGNED_CODES = false;
+
+// sum over 4*N consecutive k of code[r][k] * x[k], for every row r: w[j] holds codes of k = 4j..4j+3.
+// BITS (of the codes) matters only to levels without a 4-way dot product.
+template <int BITS, int N>
+FASTDL_INLINE vi vdot(vi acc, const vb* w, const int8_t* x) {
+#pragma GCC unroll 8
+  for (int j = 0; j < N; ++j) acc = _mm512_dpbusd_epi32(acc, w[j], vbroadcast4(x + 4 * j));
+  return acc;
+}
+template <int SHIFT>
+FASTDL_INLINE vi vstart(int32_t nsum) {
+  return _mm512_slli_epi32(_mm512_set1_epi32(nsum), SHIFT);
+}
+
+#if defined(__AVX512BF16__)
+#define FASTDL_NATIVE_BF16 1
+// bf16(even) in the low half, bf16(odd) in the high half of every lane.
+FASTDL_INLINE vb vpair(vf even, vf odd) {
+  const __m512i e = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even));
+  const __m512i o = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
+  return _mm512_or_si512(e, _mm512_slli_epi32(o, 16));
+}
+FASTDL_INLINE vf vdot_bf16(vf acc, vb w, const uint16_t* x) {
+  int32_t v;
+  memcpy(&v, x, 4);
+  return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)_mm512_set1_epi32(v));
+}
+FASTDL_INLINE void vstore_bf16(uint16_t* p, vf x) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x)); }
+#else
+FASTDL_INLINE void vstore_bf16(uint16_t* p, vf x) {
+  const __m512i u = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  __m512i r = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  r = _mm512_mask_mov_epi32(r, nan, _mm512_or_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(0x40)));
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(r));
+}
+#endif
+FASTDL_INLINE vf vload_bf16(const uint16_t* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+
+}  // namespace
+}  // namespace FASTDL_LEVEL
+}  // namespace fastdl

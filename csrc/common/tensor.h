@@ -1,0 +1,49 @@
+// What a wrapper needs from a torch tensor, on the stable ABI: checks for memory safety (Python has raised the readable
+// errors before), float formats, sizes.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "common/formats.h"
+
+namespace fastdl {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline void check(bool ok, const char* message) {
+  if (!ok) throw std::runtime_error(std::string("fastdl: ") + message);
+}
+
+// float32, float16 and bfloat16 have the numbers of the weight formats F32, F16, BF16.
+inline int float_format(const Tensor& x, const char* message) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return FORMAT_F32;
+    case ScalarType::Half: return FORMAT_F16;
+    case ScalarType::BFloat16: return FORMAT_BF16;
+    default: throw std::runtime_error(std::string("fastdl: ") + message);
+  }
+}
+
+inline int checked_format(int64_t format, int64_t cols) {
+  check(format >= 0 && format < 64 && format_known((int)format), "format: unknown number");
+  check(cols > 0 && cols % format_block((int)format) == 0, "cols: not a multiple of the format's block");
+  return (int)format;
+}
+
+// The bytes of a packed matrix, or an error if the tensor does not hold `rows` rows.
+inline const uint8_t* checked_panels(const Tensor& packed, int format, int64_t rows, int64_t cols) {
+  check(packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() && packed.is_cpu(),
+        "packed: expected a contiguous uint8 tensor on the CPU");
+  check(rows >= 0 && packed.numel() == panel_count(rows) * panel_bytes(format, cols),
+        "packed: its size does not fit rows and cols");
+  return (const uint8_t*)packed.const_data_ptr();
+}
+
+inline int thread_count() { return (int)torch::stable::get_num_threads(); }
+
+}  // namespace fastdl
