@@ -68,8 +68,8 @@ def quantize(w: Tensor, format: str = "q4_1") -> QuantTensor:
     w       [rows, cols], any floating dtype, finite; cols a multiple of the format's block (32 for q4_1 and q8_0)
     format  "q4_1" (5 bits a weight), "q8_0" (8.5), "f16", "bf16", "f32"; "q6_k" can be read, not written
 
-    The bytes are those of ggml's reference quantizer. q4_1: for each 32 weights d = (max - min) / 15, m = min, and codes
-    round((w - m) / d); value = code * d + m, with d and m in fp16.
+    The bytes are those of ggml's reference quantizer. q4_1: for each 32 weights d = (max - min) / 15, m = min, and
+    codes round((w - m) / d); value = code * d + m, with d and m in fp16.
 
     Raises TypeError (not a floating tensor) or ValueError: not a matrix, cols not divisible, NaN or infinite weights,
     weights so large that a scale leaves fp16's range.
@@ -96,7 +96,7 @@ def quant_matmul(
     backend     None or "auto", "cpu", "torch"
 
     Returns [..., rows] in x's dtype. Differentiable in x and bias (twice); w is frozen. Results do not depend on the
-    number of threads. Raises TypeError, ValueError naming the argument; fastdl.BackendError if ``backend`` cannot do it.
+    number of threads. Raises TypeError or ValueError naming the argument; fastdl.BackendError if ``backend`` cannot.
 
     >>> import torch, fastdl
     >>> w = fastdl.ops.quantize(torch.randn(48, 64), "q4_1")
@@ -128,8 +128,8 @@ def quant_embedding(
     w      QuantTensor (rows, cols)
     dtype  of the result; computed in float32 (float64 for float64) and rounded
 
-    Returns [*ids.shape, cols]; no gradient. Raises TypeError, ValueError naming the argument (ids out of range: checked on
-    the CPU, and not while compiling).
+    Returns [*ids.shape, cols]; no gradient. Raises TypeError or ValueError naming the argument (ids out of range:
+    checked on the CPU, and not while compiling).
 
     >>> import torch, fastdl
     >>> w = fastdl.ops.quantize(torch.randn(100, 64), "q8_0")
@@ -183,7 +183,7 @@ def _cpu_level() -> str:
     return backends.cpu_level()
 
 
-# What torch.compiler.assume_constant_result does, without importing the compiler: a graph keeps the level of its tracing.
+# What torch.compiler.assume_constant_result does, without importing the compiler: a graph keeps the level it saw.
 _cpu_level._dynamo_marked_constant = True
 
 
@@ -219,7 +219,8 @@ def _check_matmul(x: Tensor, w: QuantTensor, bias: Tensor | None, activation: st
     _check_device(x, w, "x")
     if bias is not None:
         if not isinstance(bias, Tensor) or not bias.dtype.is_floating_point:
-            raise TypeError(f"bias: expected a floating tensor or None, got {getattr(bias, 'dtype', type(bias).__name__)}")
+            got = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__
+            raise TypeError(f"bias: expected a floating tensor or None, got {got}")
         if tuple(bias.shape) != (rows,):
             raise ValueError(f"bias: expected shape ({rows},), got {tuple(bias.shape)}")
         _check_device(bias, w, "bias")
@@ -281,7 +282,7 @@ def _register(suffix: str) -> None:
     torch.library.register_fake(backward, _fake_backward, lib=LIB)
 
     def keep_forward(ctx, inputs, output):
-        x, data, bias, ctx.format, _, _ = inputs
+        x, data, _, ctx.format, _, _ = inputs
         ctx.cols = x.shape[-1]
         ctx.save_for_backward(data)
 

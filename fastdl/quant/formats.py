@@ -1,8 +1,8 @@
 """Weight formats of GGUF: one table, and for each entry how one block of bytes is read and written.
 
-A row of a weight matrix is cut into blocks of ``block`` weights; each block is ``block_bytes`` bytes in the file, and the
-blocks of a row follow each other. The functions here are the meaning of the formats (plain torch, any device); the bytes
-equal those of ggml's reference quantizers and of the Python package ``gguf``.
+A row of a weight matrix is cut into blocks of ``block`` weights; each block is ``block_bytes`` bytes in the file, and
+the blocks of a row follow each other. The functions here are the meaning of the formats (plain torch, any device); the
+bytes equal those of ggml's reference quantizers and of the Python package ``gguf``.
 
 To add a format: write its ``decode`` (and ``encode``, if files are to be written in it) and add one entry to FORMATS.
 
@@ -72,7 +72,7 @@ def _divide(values: Tensor, divisor: float) -> Tensor:
 
 
 def _inverse(d: Tensor) -> Tensor:
-    """1 / d, and 0 where d is 0 or so small that 1 / d overflows (such a scale is 0 in fp16: the codes do not matter)."""
+    """1 / d, and 0 where d is 0 or so small that 1 / d overflows (such a d is 0 in fp16: the codes do not matter)."""
     inverse = d.reciprocal()
     return torch.where(inverse.isfinite(), inverse, torch.zeros_like(inverse))
 
@@ -172,7 +172,7 @@ def chunk_rows(cols: int, itemsize: int = 4) -> int:
 
 
 def decode_rows(data: Tensor, fmt: Format, dtype: torch.dtype) -> Tensor:
-    """uint8 [n, row_bytes] -> weights [n, cols] in dtype. Computed in float64 for float64, else in float32, then rounded."""
+    """uint8 [n, row_bytes] -> weights [n, cols] in dtype, computed in float32 (float64 for float64) and rounded."""
     rows, width = data.shape
     cols = width // fmt.block_bytes * fmt.block
     work = torch.float64 if dtype == torch.float64 else torch.float32
@@ -182,7 +182,7 @@ def decode_rows(data: Tensor, fmt: Format, dtype: torch.dtype) -> Tensor:
 
 
 def encode_rows(w: Tensor, fmt: Format, argument: str = "w") -> Tensor:
-    """Weights [n, cols], any float dtype -> uint8 [n, row_bytes]. ValueError: NaN, infinity, or out of the format's range."""
+    """Weights [n, cols], any float dtype -> uint8 [n, row_bytes]. ValueError: NaN, infinity, out of range."""
     if fmt.encode is None:
         writable = ", ".join(f.name for f in FORMATS.values() if f.encode)
         raise ValueError(f"format: {fmt.name} can be read but not written; formats that can be written: {writable}")

@@ -1,11 +1,11 @@
 """The "panel16" layout: packed weights as the CPU kernels read them. All that Python knows about it is in this file.
 
-Rows are padded with zero bytes to a multiple of 16 and grouped in panels of 16; a panel holds all its columns, and panels
-follow each other in one 1-D uint8 buffer. Inside, byte [r * 4 + i] of each 64-byte vector belongs to row r and to column
-i of a group of 4 columns: one load feeds 16 rows of a dot product over 4 columns.
+Rows are padded with zero bytes to a multiple of 16 and grouped in panels of 16; a panel holds all its columns, and
+panels follow each other in one 1-D uint8 buffer. Inside, byte [r * 4 + i] of each 64-byte vector belongs to row r and
+to column i of a group of 4 columns: one load feeds 16 rows of a dot product over 4 columns.
 
     q4_1   per 32 columns: d fp16[16], m fp16[16], then 4 vectors v; byte [r, i] is GGUF's qs[4 v + i] of row r
-    q8_0   d fp16[blocks][16], padded with zeros to 64 bytes; then per block 8 vectors j; byte [r, i] is q[4 j + i] + 128
+    q8_0   d fp16[blocks][16], padded with zeros to 64 bytes; then per block 8 vectors j, byte [r, i] = q[4 j + i] + 128
     q6_k   per 256 columns: d fp16[16], 32 zero bytes, scales int8[16 sub-blocks][16]; then per 32 columns
            4 vectors v (low nibble: low 4 bits of code 4 v + i, high nibble: of code 16 + 4 v + i) and
            2 vectors h (bits 2 p, 2 p + 1: the high 2 bits of code 4 (4 h + p) + i)

@@ -19,14 +19,14 @@ __all__ = ["QuantTensor"]
 class QuantTensor:
     """A quantized weight matrix [rows, cols]; what `fastdl.ops.quantize` returns.
 
-    A plain class, no tensor subclass: the bytes are frozen, take no gradient, and are kept once. ``.layout`` says in which
-    order they lie:
+    A plain class, no tensor subclass: the bytes are frozen, take no gradient, and are kept once. ``.layout`` says in
+    which order they lie:
 
     - ``"gguf"``: ``.data`` is uint8 [rows, bytes per row], as in a GGUF file;
     - ``"panel16"``: ``.data`` is uint8 [packed bytes], the order of the CPU kernels (`fastdl/quant/panel16.py`).
 
-    `pack_` goes from the first to the second in place; the ops do it at the first use on a CPU. ``to_gguf``, pickling and
-    the modules' ``state_dict`` give GGUF bytes from either.
+    `pack_` goes from the first to the second in place; the ops do it at the first use on a CPU. ``to_gguf``, pickling
+    and the modules' ``state_dict`` give GGUF bytes from either.
 
     Attributes: ``format`` ("q4_1", "q8_0", "q6_k", "f16", "bf16", "f32"), ``shape`` (rows, cols), ``data``, ``layout``,
     ``nbytes``, ``device``.
@@ -75,7 +75,7 @@ class QuantTensor:
 
     @classmethod
     def quantize(cls, w: Tensor, format: str, argument: str = "w") -> QuantTensor:
-        """Encode a float matrix (`fastdl.ops.quantize` is the public name). ``argument``: its name in error messages."""
+        """Encode a float matrix (`fastdl.ops.quantize` is the public name). ``argument``: its name in messages."""
         fmt = find(format)
         if not isinstance(w, Tensor):
             raise TypeError(f"{argument}: expected a tensor, got {type(w).__name__}")
@@ -112,7 +112,7 @@ class QuantTensor:
         return self.data.device
 
     def to_gguf(self) -> Tensor:
-        """GGUF bytes, uint8 [rows, bytes per row]. Do not write to them: in layout "gguf" they are the weights themselves."""
+        """GGUF bytes, uint8 [rows, bytes per row]. Do not write to them: in layout "gguf" they are the weights."""
         data = self.data
         if data.dim() == 2:
             return data
@@ -128,7 +128,7 @@ class QuantTensor:
         return gguf
 
     def pack_(self) -> QuantTensor:
-        """Change the layout in place to the CPU kernels' own. Nothing happens off the CPU or without the native library."""
+        """Change the layout in place to the CPU kernels' own; off the CPU or without the native library do nothing."""
         data = self.data
         if data.dim() == 2 and data.device.type == "cpu" and backend.native_loaded():
             with torch.inference_mode(False):
@@ -141,7 +141,7 @@ class QuantTensor:
         return self
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weights [rows, cols] in a floating-point dtype (computed in float32, float64 for float64, and rounded)."""
+        """The weights [rows, cols] in a floating dtype (computed in float32, float64 for float64, and rounded)."""
         return self._rows(None, dtype)
 
     def rows_at(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -171,8 +171,7 @@ class QuantTensor:
         if tuple(gguf.shape) != expected:
             raise ValueError(f"{argument}: expected {expected} bytes of {self.format}, got {tuple(gguf.shape)}")
         packed = self.layout == "panel16"
-        self.data = gguf.to("cpu" if packed else self.device) if not self.data.is_meta else gguf
-        self.data = self.data.clone() if self.data is gguf else self.data
+        self.data = _normal(gguf.detach().to(gguf.device if self.data.is_meta else self.device, copy=True))
         self._gguf = None
         return self.pack_() if packed else self
 

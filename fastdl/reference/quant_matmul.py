@@ -7,8 +7,8 @@ a, b by activation (for a float64 x the sums are float64, else float32):
 
     "fp32"  a(x) = x, b(W) = W
     "bf16"  both rounded to bfloat16
-    "int8"  x in blocks of 32 along k: amax = max |x|; q = rint(x * (127 / amax)), halves to even; a(x) = q * (amax / 127);
-            all in float32; b(W) = W. Formats without blocks (f16, bf16, f32): as "fp32".
+    "int8"  x in blocks of 32 along k: amax = max |x|; q = rint(x * (127 / amax)), halves to even;
+            a(x) = q * (amax / 127); all in float32; b(W) = W. Formats without blocks (f16, bf16, f32): as "fp32".
 
 The weights are decoded a few rows at a time: never more than 256 KiB of them at once (one row, if a row is longer).
 Test: ``pytest tests/test_quant_matmul.py``.
