@@ -1,7 +1,8 @@
 """Fused deep-learning kernels for PyTorch, and 4-bit language models on the CPU.
 
-``fastdl.ops`` has the functions (its source is the table of ops), ``fastdl.nn`` the modules, ``fastdl.llm`` the language
-models. Without a compiled library everything runs on the readable torch back end.
+``fastdl.ops`` has the functions (its source is the table of ops), ``fastdl.nn`` the modules, ``fastdl.quantize`` swaps
+a model's layers for quantized ones, ``fastdl.llm`` has the language models. Without a compiled library everything runs
+on the readable torch back end.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from fastdl import backend, ops
+from fastdl import backend, nn, ops, quant
 from fastdl.backend import BackendError, explain
+from fastdl.quant.model import quantize
 
 __version__ = "0.1.0"
-__all__ = ["BackendError", "__version__", "backend", "explain", "ops"]
+__all__ = ["BackendError", "__version__", "backend", "explain", "nn", "ops", "quant", "quantize"]
 
 # Every schema under fastdl/ops is defined before the compiled library is checked against them: tools/schema_hash.py
 # hashes that whole folder at build time.
