@@ -1,13 +1,14 @@
 """Reader of GGUF model files, version 2 and 3, little endian: small, memory mapped, and suspicious of every number.
 
-Method: the file is mapped, the header is walked once with a bounds-checked cursor (gguf_metadata.py), then each tensor's
-type, shape and place are checked against the file's size and against each other. Tensor data is never copied: callers
-get numpy views and give the pages back with `release`.
+Method: the file is mapped, the header is walked once with a bounds-checked cursor (gguf_metadata.py), then each
+tensor's type, shape and place are checked against the file's size and against each other. Tensor data is never copied:
+callers get numpy views and give the pages back with `release`.
 Test: pytest tests/test_gguf.py tests/test_gguf_fuzz.py (gguf-py is the oracle)
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import os
@@ -107,18 +108,20 @@ class GGUFFile:
         view = np.frombuffer(self._open_map(), np.uint8, info.nbytes, info.offset)
         return view.reshape(info.rows, -1)
 
-    def decode_foreign(self, name: str) -> np.ndarray:
+    def decode_foreign(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """float32 array of the tensor's shape, decoded by gguf-py a few rows at a time (for types without a kernel).
 
+        start, stop: only these rows, as [stop - start, cols], so that a large tensor can be decoded piece by piece.
         Raises ModelFileError when gguf-py is not installed or has no decoder for the type.
         """
         info = self.info(name)
-        raw = self.tensor_bytes(name)
-        result = np.empty((info.rows, info.cols), np.float32)
+        whole = start == 0 and stop is None
+        raw = self.tensor_bytes(name)[start:stop]
+        result = np.empty((len(raw), info.cols), np.float32)
         step = max(1, DECODE_BYTES // (4 * info.cols))
-        for start in range(0, info.rows, step):
-            result[start : start + step] = self._decode_rows(info, raw[start : start + step])
-        return result.reshape(info.shape)
+        for first in range(0, len(raw), step):
+            result[first : first + step] = self._decode_rows(info, raw[first : first + step])
+        return result.reshape(info.shape) if whole else result
 
     def _decode_rows(self, info: TensorInfo, rows: np.ndarray) -> np.ndarray:
         if info.type_name == "F64":
@@ -161,12 +164,10 @@ class GGUFFile:
         if self._map is None:
             return
         mapped, self._map = self._map, None
-        try:
+        with contextlib.suppress(BufferError):  # numpy views are alive: the mapping ends with them
             mapped.close()
-        except BufferError:
-            pass  # numpy views are alive; the mapping ends with them
 
-    def __enter__(self) -> GGUFFile:  # noqa: PYI034 (Self is in typing from 3.11 on)
+    def __enter__(self) -> GGUFFile:
         return self
 
     def __exit__(self, *exception) -> None:
@@ -280,7 +281,7 @@ def _checked_tensor(cursor: Cursor, name, shape, type_id, offset, data_start, al
     stop = data_start + offset + (nbytes or 0)
     if stop > cursor.end:
         raise cursor.error(
-            f"{type_name(type_id)} {shape} ends at byte {stop}, the file has {cursor.end} (truncated, or a lying header)"
+            f"{type_name(type_id)} {shape} ends at byte {stop}, the file has {cursor.end} (truncated or a lying header)"
         )
     return TensorInfo(name, type_id, type_name(type_id), shape, data_start + offset, nbytes)
 
