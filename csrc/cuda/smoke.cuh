@@ -9,16 +9,16 @@ namespace fastdl::cuda {
 
 // x [n] f32, y [n] f32
 __global__ void smoke_kernel(const float* x, float* y, int64_t n, float scale, float shift) {
-    const int64_t step = int64_t(gridDim.x) * blockDim.x;
-    for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += step) y[i] = x[i] * scale + shift;
+  const int64_t step = int64_t(gridDim.x) * blockDim.x;
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += step) y[i] = x[i] * scale + shift;
 }
 
 inline cudaError_t smoke_launch(const float* x, float* y, int64_t n, float scale, float shift, cudaStream_t stream) {
-    if (n == 0) return cudaSuccess;  // a grid of zero blocks is an error
-    constexpr int kThreads = 256;
-    const int64_t blocks = (n + kThreads - 1) / kThreads;
-    smoke_kernel<<<static_cast<unsigned>(blocks < 65535 ? blocks : 65535), kThreads, 0, stream>>>(x, y, n, scale, shift);
-    return cudaGetLastError();
+  if (n == 0) return cudaSuccess;  // a grid of zero blocks is an error
+  constexpr int kThreads = 256;
+  const int64_t blocks = (n + kThreads - 1) / kThreads;
+  smoke_kernel<<<static_cast<unsigned>(blocks < 65535 ? blocks : 65535), kThreads, 0, stream>>>(x, y, n, scale, shift);
+  return cudaGetLastError();
 }
 
 }  // namespace fastdl::cuda
