@@ -29,6 +29,7 @@ MIN_KEY_BYTES = 8 + 4 + 1  # empty key, type, one byte
 MIN_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8  # empty name, dims, one dimension, type, offset
 RELEASE_BYTES = max(mmap.PAGESIZE, 1 << 16)  # a page fault maps the 64 KiB around it (fault-around)
 DECODE_BYTES = 1 << 22  # float32 bytes decoded at a time
+_PLAIN = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "I8": "<i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
 
 _HINTS = {
     b"ggml": "a file from before GGUF: convert it with llama.cpp's convert_llama_ggml_to_gguf.py",
@@ -109,7 +110,7 @@ class GGUFFile:
         return view.reshape(info.rows, -1)
 
     def decode_foreign(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """float32 array of the tensor's shape, decoded by gguf-py a few rows at a time (for types without a kernel).
+        """float32 array of the tensor's shape, for types without a kernel: block formats are decoded by gguf-py.
 
         start, stop: only these rows, as [stop - start, cols], so that a large tensor can be decoded piece by piece.
         Raises ModelFileError when gguf-py is not installed or has no decoder for the type.
@@ -124,8 +125,10 @@ class GGUFFile:
         return result.reshape(info.shape) if whole else result
 
     def _decode_rows(self, info: TensorInfo, rows: np.ndarray) -> np.ndarray:
-        if info.type_name == "F64":
-            return rows.view("<f8")
+        if info.type_name in _PLAIN:
+            return rows.view(_PLAIN[info.type_name])
+        if info.type_name == "BF16":
+            return (rows.view("<u2").astype(np.uint32) << 16).view(np.float32)
         try:
             from gguf.constants import GGMLQuantizationType
             from gguf.quants import dequantize

@@ -1,6 +1,7 @@
 """ggml's tensor types: id, name, weights per block, bytes per block.
 
-Sizes follow the structs of ggml-common.h; tests/test_gguf.py compares them with gguf-py's table. A type that is not here can be listed by `open_gguf` but not read.
+Sizes follow the structs of ggml-common.h; tests/test_gguf.py compares them with gguf-py's table. A type that is not
+here can be listed by `open_gguf` but not read.
 """
 
 from __future__ import annotations

