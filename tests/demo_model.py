@@ -47,7 +47,7 @@ def demo_model_path() -> str:
 
 @functools.cache
 def vocabulary_folder() -> Path:
-    """Folder of llama.cpp's ggml-vocab-*.gguf with .inp (texts) and .out (ids); skips the test when it cannot be had."""
+    """Folder of llama.cpp's ggml-vocab-*.gguf with .inp (texts) and .out (ids); skips the test without it."""
     folder = cache_folder() / VOCABULARY_SDIST.replace("==", "-")
     done = folder / "complete"
     if not done.exists():
