@@ -18,7 +18,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
@@ -150,6 +150,9 @@ if __name__ == "__main__":
     if {"dist_info", "editable_wheel", "bdist_wheel", "build_ext", "install", "develop"} & set(sys.argv):
         require_torch()
     setup(
+        # The top-level folder kernels/ is installed inside the package.
+        packages=[*find_packages(include=["fastdl", "fastdl.*"]), "fastdl.kernels"],
+        package_dir={"fastdl.kernels": "kernels"},
         ext_modules=[Extension("fastdl._native", sources=[])],
         cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
     )

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Builds the tensor library with the address and undefined-behaviour sanitizers, beside the ordinary one, and runs the
+# tests of the compiled kernels on it.
+#   tools/sanitize.sh PYTHON [pytest arguments]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=$1
+shift
+folder=$PWD/build/sanitize
+mkdir -p "$folder"
+# The in-place library stays as it is: this one is used through FASTDL_LIBRARY.
+FASTDL_SANITIZE=address,undefined FASTDL_CUDA=off "$python" setup.py --quiet build_ext --build-lib "$folder"
+
+# Python itself is not instrumented, so the runtimes come first by LD_PRELOAD; libstdc++ with them, or the interceptor of
+# C++ exceptions finds nothing to call. Leaks are off: Python keeps memory to its end by design.
+cxx=${CXX:-c++}
+preload=
+for runtime in libasan.so libubsan.so libstdc++.so; do
+    path=$("$cxx" -print-file-name="$runtime")
+    if [ ! -e "$path" ]; then
+        echo "sanitize: $cxx has no $runtime" >&2
+        exit 1
+    fi
+    preload+="$(realpath "$path") "
+done
+# A file opts in with `pytestmark = pytest.mark.native`, or a test with the marker alone.
+exec env LD_PRELOAD="$preload" ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+    FASTDL_LIBRARY="$folder/fastdl/libfastdl_ops.so" "$python" -m pytest -m native -q "$@"
