@@ -3,7 +3,7 @@
 Method: the file is mapped, the header is walked once with a bounds-checked cursor (gguf_metadata.py), then each
 tensor's type, shape and place are checked against the file's size and against each other. Tensor data is never copied:
 callers get numpy views and give the pages back with `release`.
-Test: pytest tests/test_gguf.py tests/test_gguf_fuzz.py (gguf-py is the oracle)
+Test: pytest tests/test_gguf*.py (gguf-py is the oracle)
 """
 
 from __future__ import annotations

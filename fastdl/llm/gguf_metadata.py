@@ -4,7 +4,7 @@ Layout (little endian): string = u64 length, bytes; key/value = string key, u32 
 u64 count, elements. Every length and count is compared with the bytes that are left before anything is allocated.
 Arrays stay where they are: numbers become numpy views of the file, strings become a `StringArray` that decodes on
 demand (49,152 tokens as Python strings would cost 5 MB that only the tokenizer's construction needs).
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Tests: tests/test_gguf.py, tests/test_gguf_fuzz.py
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Tests: tests/test_gguf*.py
 """
 
 from __future__ import annotations

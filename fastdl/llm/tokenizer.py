@@ -3,7 +3,7 @@
 Encoding runs in the `tokenizers` library (tokenizer_bpe.py, tokenizer_spm.py build it); decoding needs no library: each
 token's bytes are looked up in the mapped file, and a text is the UTF-8 of the joined bytes. So the encoder, some 10 MB
 for 49,152 tokens, can be dropped after the prompt (`release_encoder`) and comes back by itself.
-Test: pytest tests/test_tokenizer.py (transformers, llama.cpp's files and sentencepiece are the oracles)
+Test: pytest tests/test_tokenizer*.py (transformers, llama.cpp's files and sentencepiece are the oracles)
 """
 
 from __future__ import annotations
