@@ -23,10 +23,6 @@ LINTERS := ruff==0.17.5 clang-format==23.1.5
 # dollar signs and $(shell ...) in it are only text.
 export FASTDL_PROMPT := $(value PROMPT)
 unexport PROMPT
-export CXX FASTDL_CUDA FASTDL_CUDA_ARCHS FASTDL_WERROR FASTDL_JOBS
-ifeq ($(origin CXX),default)
-  unexport CXX
-endif
 
 LIBRARY := fastdl/libfastdl_ops.so
 SOURCES := CMakeLists.txt setup.py tools/schema_hash.py $(shell find csrc -type f) $(wildcard fastdl/ops/*.py)
@@ -39,8 +35,9 @@ help: ## this list
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
 
 run: $(STAMP)-install ## environment, build, demo model, text streaming to the terminal: make run PROMPT="..."
-	@$(VENV)/bin/fastdl pull --quiet
-	@$(VENV)/bin/fastdl generate -- "$${FASTDL_PROMPT:-The capital of France is}"
+	@[ -f "$$(cat $(STAMP)-model 2>/dev/null)" ] || \
+	  { model=$$($(PY) -c 'from fastdl.llm import pull; print(pull.pull())'); echo "$$model" > $(STAMP)-model; }
+	@$(VENV)/bin/fastdl generate -m "$$(cat $(STAMP)-model)" -- "$${FASTDL_PROMPT:-The capital of France is}"
 
 test: $(STAMP)-test ## environment, build, every test this machine can run
 	$(PY) -m pytest $(PYTEST_ARGS)

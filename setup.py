@@ -3,8 +3,8 @@
     pip install --no-build-isolation .        into an environment that has torch
     python setup.py build_ext --inplace       (or `make build`) for work in the source tree
 
-Environment: FASTDL_CUDA=auto|on|off, FASTDL_CUDA_ARCHS="80 90a +PTX"|all, FASTDL_WERROR=1, FASTDL_SANITIZE=address,undefined,
-FASTDL_JOBS=<parallel compilers>, CXX=<compiler>.
+Environment: FASTDL_CUDA=auto|on|off, FASTDL_CUDA_ARCHS="80 90a +PTX"|all, FASTDL_WERROR=1,
+FASTDL_SANITIZE=address,undefined, FASTDL_JOBS=<parallel compilers>, CXX=<compiler>.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class CMakeBuild(build_ext):
         package = ROOT / "fastdl" if inplace else Path(self.build_lib).resolve() / "fastdl"
         settings = {
             "FASTDL_TORCH_DIR": str(require_torch()),
-            "FASTDL_CUDA": os.environ.get("FASTDL_CUDA", "auto"),
+            "FASTDL_CUDA": os.environ.get("FASTDL_CUDA") or "auto",
             "FASTDL_CUDA_ARCHS": os.environ.get("FASTDL_CUDA_ARCHS", ""),
             "FASTDL_SANITIZE": os.environ.get("FASTDL_SANITIZE", ""),
             "FASTDL_WERROR": "ON" if os.environ.get("FASTDL_WERROR", "0") not in ("", "0") else "OFF",
@@ -126,7 +126,7 @@ class CMakeBuild(build_ext):
 
 
 class PlatformWheel(bdist_wheel):
-    """Tagged for every Python 3: the tensor library needs none in particular, and fastdl._native, which does, is optional."""
+    """Tagged for every Python 3: the tensor library needs none in particular; fastdl._native does, but is optional."""
 
     def finalize_options(self) -> None:
         super().finalize_options()

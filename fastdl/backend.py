@@ -22,6 +22,7 @@ import ctypes
 import importlib.util
 import mmap
 import os
+import struct
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -61,9 +62,14 @@ def library_path() -> Path:
     return Path(os.environ.get("FASTDL_LIBRARY") or Path(__file__).with_name("libfastdl_ops.so"))
 
 
-def _schema_mismatch(path: Path) -> str | None:
+def _unfit(path: Path) -> str | None:
     """Why the library at ``path`` must not be loaded, read from its bytes (loading it would register its ops)."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        # A file cut short by a full disk kills the process inside dlopen. Its section headers stand at the end.
+        if data[:6] == b"\x7fELF\x02\x01" and len(data) >= 64:
+            (offset,), (size, count) = struct.unpack_from("<Q", data, 40), struct.unpack_from("<HH", data, 58)
+            if offset + size * count > len(data):
+                return f"{path} is cut short: rebuild it with `make build` or `pip install --no-build-isolation .`"
         at = data.find(_MARKER)
         built = data[at + len(_MARKER) : at + len(_MARKER) + 64].decode("ascii", "replace") if at >= 0 else "none"
     if built == _library.schema_hash():
@@ -86,7 +92,7 @@ def _load() -> None:
             _native_state.error = (
                 f"{path} does not exist: build it with `make build` or `pip install --no-build-isolation .`"
             )
-        elif reason := _schema_mismatch(path):
+        elif reason := _unfit(path):
             _native_state.error = reason
         else:
             torch.ops.load_library(str(path))
@@ -196,7 +202,12 @@ def rooms() -> dict[str, tuple[str, ...]]:
 
 
 def _refusal(
-    room: str, backend: str, device: torch.device, dtype: torch.dtype | None, overrides: Mapping[str, str | None], facts: Mapping[str, Any]
+    room: str,
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    overrides: Mapping[str, str | None],
+    facts: Mapping[str, Any],
 ) -> str | None:
     """Why this back end cannot run this call; None when it can."""
     if room not in _rooms:
@@ -260,7 +271,7 @@ def choose(
 
 @dataclass
 class Explanation:
-    """What :func:`explain` found: ``choice`` (None when nothing can run) and ``refusals``, back end -> reason or None."""
+    """What :func:`explain` found. ``choice``: None when nothing can run; ``refusals``: back end -> reason, or None."""
 
     room: str
     choice: str | None
