@@ -1,8 +1,8 @@
 """The KV cache of one sequence, and its file.
 
-float16 [layers, n_kv_heads, capacity, head_dim] for keys and values, grown as needed: a tensor for the whole context would be
-touched page by page only, but with 2 MB pages every head's first token would claim one.
-A saved cache (safetensors) carries the token ids and a fingerprint of the model, without which its numbers mean nothing.
+float16 [layers, n_kv_heads, capacity, head_dim] for keys and values, grown as needed: a tensor for the whole context
+would be touched page by page only, but with 2 MB pages every head's first token would claim one. A saved cache
+(safetensors) carries the token ids and a fingerprint of the model, without which its numbers mean nothing.
 Test: pytest tests/test_llm_cache.py
 """
 
@@ -89,7 +89,8 @@ def save(cache: KVCache, path: str | os.PathLike[str], fingerprint: str) -> None
 
 
 def load(cache: KVCache, path: str | os.PathLike[str], fingerprint: str, vocab: int) -> None:
-    """Replace the contents of `cache` by the file's. ModelFileError: no such file, not a cache, of another model, too long."""
+    """Replace the contents of `cache` by the file's. ModelFileError: no such file, not a cache, of another model, too
+    long."""
     from safetensors import SafetensorError, safe_open
 
     name = os.fspath(path)
@@ -97,9 +98,13 @@ def load(cache: KVCache, path: str | os.PathLike[str], fingerprint: str, vocab: 
         with safe_open(name, "pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
-                raise ModelFileError(f"{name}: expected a file that save_cache wrote ({FORMAT!r}), got {json.dumps(metadata)[:80]}")
+                raise ModelFileError(
+                    f"{name}: expected a file that save_cache wrote ({FORMAT!r}), got {json.dumps(metadata)[:80]}"
+                )
             if metadata.get("model") != fingerprint:
-                raise ModelFileError(f"{name}: the cache was made with another model (its {metadata.get('model')}, here {fingerprint})")
+                raise ModelFileError(
+                    f"{name}: the cache was made with another model (its {metadata.get('model')}, here {fingerprint})"
+                )
             ids, k, v = file.get_tensor("ids"), file.get_tensor("k"), file.get_tensor("v")
     except FileNotFoundError:
         raise ModelFileError(f"{name}: no such file") from None
@@ -107,11 +112,19 @@ def load(cache: KVCache, path: str | os.PathLike[str], fingerprint: str, vocab: 
         raise ModelFileError(f"{name}: not a prompt cache: {error}") from None
     layers, heads, head_dim = cache._shape
     shape = (layers, heads, ids.numel(), head_dim)
-    if ids.dtype != torch.int64 or ids.dim() != 1 or any(t.dtype != torch.float16 or tuple(t.shape) != shape for t in (k, v)):
-        raise ModelFileError(f"{name}: expected float16 keys and values of shape {shape}, got {tuple(k.shape)} and {tuple(v.shape)}")
+    if (
+        ids.dtype != torch.int64
+        or ids.dim() != 1
+        or any(t.dtype != torch.float16 or tuple(t.shape) != shape for t in (k, v))
+    ):
+        raise ModelFileError(
+            f"{name}: expected float16 keys and values of shape {shape}, got {tuple(k.shape)} and {tuple(v.shape)}"
+        )
     if ids.numel() > cache.context:
-        raise ModelFileError(f"{name}: holds {ids.numel()} tokens, the context is {cache.context}; load the model with a larger context")
-    if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < vocab):
+        raise ModelFileError(
+            f"{name}: holds {ids.numel()} tokens, the context is {cache.context}; load the model with a larger context"
+        )
+    if ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < vocab):
         raise ModelFileError(f"{name}: holds token ids outside the vocabulary of {vocab}")
     cache.truncate(0)
     cache.reserve(ids.numel())

@@ -1,7 +1,7 @@
 """What a GGUF file's metadata says about the model, checked: sizes, RoPE, and which tensors the file must hold.
 
-Keys are `<architecture>.<name>` as llama.cpp writes them. Everything that does not fit raises ModelFileError with the key, what was
-expected and what was found, before any weight is read.
+Keys are `<architecture>.<name>` as llama.cpp writes them. Everything that does not fit raises ModelFileError with the
+key, what was expected and what was found, before any weight is read.
 Test: pytest tests/test_llm_config.py
 """
 
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from .gguf import GGUFFile, ModelFileError
 
-# architecture -> how RoPE pairs stand in its files. "llama" covers llama 1 to 3, mistral, smollm2 and others of that make.
+# architecture -> how RoPE pairs stand in its files. "llama" covers llama 1 to 3, mistral, smollm2 and others of that
+# make.
 ARCHITECTURES = {"llama": "interleaved", "qwen2": "half"}
 
 # Beyond any real model; they keep products of hostile sizes within 64 bits.
@@ -96,19 +97,27 @@ def read_config(file: GGUFFile) -> ModelConfig:
     keys = _Keys(file, architecture)
     experts = keys.integer("expert_count", 0, 1 << 16, 0)
     if experts:
-        raise ModelFileError(f"{file.path}: a mixture of {experts} experts is not supported; only dense {architecture} models are")
+        raise ModelFileError(
+            f"{file.path}: a mixture of {experts} experts is not supported; only dense {architecture} models are"
+        )
     width = keys.integer("embedding_length", 1, MAX_WIDTH)
     heads = keys.integer("attention.head_count", 1, MAX_WIDTH)
     kv_heads = keys.integer("attention.head_count_kv", 1, MAX_WIDTH, heads)
     if heads % kv_heads:
         raise keys.error("attention.head_count_kv", f"a divisor of the {heads} query heads", kv_heads)
     if not keys.has("attention.key_length") and width % heads:
-        raise keys.error("attention.head_count", f"a divisor of the width {width} (there is no attention.key_length)", heads)
+        raise keys.error(
+            "attention.head_count", f"a divisor of the width {width} (there is no attention.key_length)", heads
+        )
     head_dim = keys.integer("attention.key_length", 2, 1 << 12, width // heads)
     if head_dim % 2:
         raise keys.error("attention.key_length", "an even number", head_dim)
     if keys.integer("attention.value_length", 1, 1 << 12, head_dim) != head_dim:
-        raise keys.error("attention.value_length", f"the length of keys, {head_dim}", keys.integer("attention.value_length", 1, 1 << 12))
+        raise keys.error(
+            "attention.value_length",
+            f"the length of keys, {head_dim}",
+            keys.integer("attention.value_length", 1, 1 << 12),
+        )
     context = keys.integer("context_length", 1, MAX_CONTEXT)
     return ModelConfig(
         architecture=architecture,
@@ -146,7 +155,9 @@ def _rope(keys: _Keys, architecture: str, head_dim: int, context: int) -> RopeCo
     attention_factor = None
     if scaling == "yarn" and keys.has("rope.scaling.attn_factor"):
         # llama.cpp multiplies this with its own 0.1 ln(factor) + 1
-        attention_factor = keys.number("rope.scaling.attn_factor", 0.0, 100.0) * (0.1 * math.log(max(factor, 1.0)) + 1.0)
+        attention_factor = keys.number("rope.scaling.attn_factor", 0.0, 100.0) * (
+            0.1 * math.log(max(factor, 1.0)) + 1.0
+        )
     return RopeConfig(
         dim=dim,
         base=base,
@@ -184,14 +195,19 @@ IGNORED = ("rope_freqs.weight", "attn_rot_embd.weight", "attn_rot_embd", "attn.r
 
 
 def check_tensors(file: GGUFFile, config: ModelConfig) -> None:
-    """ModelFileError unless the file holds every tensor the model needs, of the right shape, and none that would be left out."""
+    """ModelFileError unless the file holds every tensor the model needs, of the right shape, and none that would be
+    left out."""
     width = config.width
     expected: dict[str, tuple[int, ...]] = {"token_embd.weight": (config.vocab, width), "output_norm.weight": (width,)}
-    optional: dict[str, tuple[int, ...]] = {"output.weight": (config.vocab, width), "rope_freqs.weight": (config.rope.dim // 2,)}
+    optional: dict[str, tuple[int, ...]] = {
+        "output.weight": (config.vocab, width),
+        "rope_freqs.weight": (config.rope.dim // 2,),
+    }
     per_layer = layer_tensors(config)
     if len(file.tensors) < config.layers * (len(per_layer) - 3):  # before building names for absurd counts
         raise ModelFileError(
-            f"{file.path}: {config.architecture}.block_count says {config.layers} layers, the file has only {len(file.tensors)} tensors"
+            f"{file.path}: {config.architecture}.block_count says {config.layers} layers, "
+            f"the file has only {len(file.tensors)} tensors"
         )
     for i in range(config.layers):
         for suffix, (_, rows, cols) in per_layer.items():
@@ -204,8 +220,8 @@ def check_tensors(file: GGUFFile, config: ModelConfig) -> None:
             _check_shape(file, name, optional[name])
         elif name not in expected and not name.endswith(IGNORED):
             raise ModelFileError(
-                f"{file.path}: tensor {name!r} ({info.type_name} {info.shape}) has no place in a {config.architecture} model of "
-                f"{config.layers} layers as this version computes it; the answers would be wrong"
+                f"{file.path}: tensor {name!r} ({info.type_name} {info.shape}) has no place in a {config.architecture} "
+                f"model of {config.layers} layers as this version computes it; the answers would be wrong"
             )
 
 

@@ -53,7 +53,8 @@ class Options:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Log-probabilities at one generated token, of the model's own distribution (before penalty, truncation and temperature).
+    """Log-probabilities at one generated token, of the model's own distribution (before penalty, truncation and
+    temperature).
 
     id, logprob: the chosen token. top: the most probable (id, logprob), in falling order, as many as were asked for.
     """
@@ -98,7 +99,8 @@ class Generation(str):
 
 
 class Stream(Iterator[str]):
-    """Iterates over pieces of text as they are generated; `ids`, `stats`, `logprobs` grow meanwhile, `stop_reason` is set at the end.
+    """Iterates over pieces of text as they are generated; `ids`, `stats`, `logprobs` grow meanwhile, `stop_reason` is
+    set at the end.
 
     Leaving the loop early is fine; `close()` gives the KV cache back at once.
     """
@@ -124,7 +126,12 @@ class Stream(Iterator[str]):
     def finish(self) -> Generation:
         """Run to the end and return the whole remaining text with its details."""
         text = Generation("".join(self))
-        text.ids, text.stop_reason, text.logprobs, text.stats = self.ids, self.stop_reason or "", self.logprobs, self.stats
+        text.ids, text.stop_reason, text.logprobs, text.stats = (
+            self.ids,
+            self.stop_reason or "",
+            self.logprobs,
+            self.stats,
+        )
         return text
 
     def _run(self) -> Iterator[str]:

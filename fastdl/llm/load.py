@@ -30,21 +30,24 @@ def load(
 ) -> LM:
     """Load a language model from a GGUF file.
 
-    Architectures: llama (llama 1 to 3, mistral, smollm2) and qwen2. Weights of types Q4_1, Q8_0, Q6_K, F16, BF16 and F32 are used as they
-    are; other types that can be decoded are brought into Q4_1 or Q8_0 (fastdl/llm/requantize.py), which `lm.load_report` lists.
+    Architectures: llama (llama 1 to 3, mistral, smollm2) and qwen2. Weights of types Q4_1, Q8_0, Q6_K, F16, BF16 and
+    F32 are used as they are; other types that can be decoded are brought into Q4_1 or Q8_0 (fastdl/llm/requantize.py),
+    which `lm.load_report` lists.
 
     Parameters
     ----------
     path: the file; None for the demo model, which ``fastdl pull`` fetches.
     backend: "auto", "cpu" (the compiled kernels) or "torch" (readable and slow; holds the file's own bytes).
-    activation: precision of activations in weight products: "auto", "int8", "bf16" or "fp32" (see fastdl.ops.quant_matmul).
+    activation: precision of activations in weight products: "auto", "int8", "bf16" or "fp32" (see
+        fastdl.ops.quant_matmul).
     threads: threads of this model's calls; None for torch's number.
     context: most tokens in a sequence; None for the model's own length, at most 8192.
     progress: a bar on stderr; None shows it for large files.
 
     Raises
     ------
-    ModelFileError: the file is missing, damaged, of an architecture or type that is not supported; the message says what and where.
+    ModelFileError: the file is missing, damaged, of an architecture or type that is not supported; the message says
+        what and where.
     fastdl.BackendError: `backend` cannot run here.
     TypeError, ValueError: wrong options.
 
@@ -73,7 +76,9 @@ def load(
     check_tensors(file, config)
     tokenizer = Tokenizer.from_gguf(file.metadata)
     if tokenizer.vocab_size != config.vocab:
-        raise ModelFileError(f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding {config.vocab} rows")
+        raise ModelFileError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding {config.vocab} rows"
+        )
     weights = load_weights(file, config, pack=chosen == "cpu", progress=progress)
     weights.report.seconds = time.perf_counter() - clock
     return LM(

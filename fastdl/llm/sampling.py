@@ -1,8 +1,10 @@
 """From logits to the next token: greedy, or drawn after temperature, top-k, top-p, min-p and a repeat penalty.
 
-The order is llama.cpp's: repeat penalty, top-k, top-p, min-p, temperature, draw. (Hugging Face applies the temperature first; at
-temperature 1 the two agree.) Each step keeps at least one token. Same seed, same logits: same tokens, whatever the threads.
-Sources: Fan et al. (top-k, 2018), Holtzman et al. (top-p, 2020), Nguyen et al. (min-p, 2024), Keskar et al. (repeat penalty, 2019).
+The order is llama.cpp's: repeat penalty, top-k, top-p, min-p, temperature, draw. (Hugging Face applies the temperature
+first; at temperature 1 the two agree.) Each step keeps at least one token. Same seed, same logits: same tokens,
+whatever the threads.
+Sources: Fan et al. (top-k, 2018), Holtzman et al. (top-p, 2020), Nguyen et al. (min-p, 2024), Keskar et al. (repeat
+    penalty, 2019).
 Test: pytest tests/test_sampling.py
 """
 
@@ -101,7 +103,8 @@ class Sampler:
 
 
 def penalize(logits: Tensor, recent: Sequence[int], penalty: float, last: int = -1) -> Tensor:
-    """Logits with those of the `last` recent ids (-1: all) divided by `penalty` if positive, multiplied if negative; once each."""
+    """Logits with those of the `last` recent ids (-1: all) divided by `penalty` if positive, multiplied if negative;
+    once each."""
     window = recent if last < 0 else recent[max(len(recent) - last, 0) :]
     if not window:
         return logits

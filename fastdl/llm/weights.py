@@ -1,8 +1,9 @@
-"""A model's weights from a mapped GGUF file: tensor by tensor into the kernels' layout, one copy, pages given back at once.
+"""A model's weights from a mapped GGUF file: tensor by tensor into the kernels' layout, one copy, pages given back at
+once.
 
-The largest tensors come first: while the embedding is packed there is little else in memory, so the peak stays close to the size
-of the packed weights. Files with half-split RoPE pairs (qwen2) get the rows of q and k put into interleaved order here, before
-packing, so that the kernels know one order only.
+The largest tensors come first: while the embedding is packed there is little else in memory, so the peak stays close to
+the size of the packed weights. Files with half-split RoPE pairs (qwen2) get the rows of q and k put into interleaved
+order here, before packing, so that the kernels know one order only.
 Test: pytest tests/test_llm_load.py
 """
 
@@ -30,7 +31,8 @@ _KERNELS = {entry.ggml_id: entry for entry in FORMATS.values()}
 
 @dataclass
 class LoadReport:
-    """What loading did: bytes of the file's tensors and in memory, formats in use, tensors that had to be requantized."""
+    """What loading did: bytes of the file's tensors and in memory, formats in use, tensors that had to be
+    requantized."""
 
     file_bytes: int = 0
     memory_bytes: int = 0
@@ -41,11 +43,14 @@ class LoadReport:
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{count} {name}" for name, count in sorted(self.formats.items()))
-        lines = [f"{self.file_bytes / 1e6:,.1f} MB of tensors, {self.memory_bytes / 1e6:,.1f} MB in memory ({kinds}), {self.seconds:.2f} s"]
+        sizes = f"{self.file_bytes / 1e6:,.1f} MB of tensors, {self.memory_bytes / 1e6:,.1f} MB in memory"
+        lines = [f"{sizes} ({kinds}), {self.seconds:.2f} s"]
         changes: dict[str, int] = {}
         for change in self.requantized.values():
             changes[change] = changes.get(change, 0) + 1
-        lines += [f"no kernel for this type, requantized: {count} tensors {change}" for change, count in changes.items()]
+        lines += [
+            f"no kernel for this type, requantized: {count} tensors {change}" for change, count in changes.items()
+        ]
         return "\n".join(lines)
 
 
@@ -61,7 +66,8 @@ class Weights:
 
 
 def load_weights(file: GGUFFile, config: ModelConfig, *, pack: bool, progress: bool | None = None) -> Weights:
-    """Read all tensors (`check_tensors` has passed). pack: into the CPU kernels' layout. progress: None shows a bar for large files."""
+    """Read all tensors (`check_tensors` has passed). pack: into the CPU kernels' layout. progress: None shows a bar for
+    large files."""
     report = LoadReport(file_bytes=sum(info.nbytes or 0 for info in file.tensors.values()))
     with _bar(report.file_bytes, progress) as advance:
         reader = _Reader(file, pack, report, advance)
@@ -83,8 +89,13 @@ def load_weights(file: GGUFFile, config: ModelConfig, *, pack: bool, progress: b
         output_norm = reader.vector("output_norm.weight")
         factors = reader.vector("rope_freqs.weight") if "rope_freqs.weight" in file.tensors else None
     stack = DecoderStack(
-        layers, n_heads=config.heads, n_kv_heads=config.kv_heads, head_dim=config.head_dim, eps=config.eps, output_norm=output_norm
-    )  # fmt: skip
+        layers,
+        n_heads=config.heads,
+        n_kv_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        eps=config.eps,
+        output_norm=output_norm,
+    )
     report.fingerprint = reader.hash.hexdigest()[:32]
     report.memory_bytes = stack.nbytes + embedding.nbytes + (head.nbytes if head is not embedding else 0)
     return Weights(embedding, head, stack, factors, report)
@@ -108,7 +119,9 @@ class _Reader:
             fmt = _KERNELS[info.type_id]
             data: Tensor | np.ndarray = self.file.tensor_bytes(name)
             if fmt.block > 1 and info.cols % 32:
-                raise ModelFileError(f"{self.file.path}: tensor {name!r}: {info.cols} columns, expected a multiple of 32")
+                raise ModelFileError(
+                    f"{self.file.path}: tensor {name!r}: {info.cols} columns, expected a multiple of 32"
+                )
         else:
             data, target = requantize(self.file, name)
             fmt = FORMATS[target]
@@ -119,7 +132,9 @@ class _Reader:
         if self.pack:
             weight.pack_()
         if isinstance(data, np.ndarray) and weight.layout == "gguf" and order is None:
-            weight = QuantTensor.from_gguf(weight.data.clone(), fmt.name, info.cols)  # own memory: the file may change or go
+            weight = QuantTensor.from_gguf(
+                weight.data.clone(), fmt.name, info.cols
+            )  # own memory: the file may change or go
         del data
         self.report.formats[fmt.name] = self.report.formats.get(fmt.name, 0) + 1
         self._done(name)

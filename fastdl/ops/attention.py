@@ -32,8 +32,8 @@ def attention(
     """Scaled dot-product attention with grouped heads: ``softmax(scale * q k^T) v``.
 
     Query head h reads key/value head ``h // (n_heads // n_kv_heads)``. With ``causal``, query i of n_q sees the keys
-    0 .. n_k - n_q + i: queries are the last n_q of n_k positions, which is what a KV cache needs. A query that sees no key
-    (n_q > n_k) gives zeros.
+    0 .. n_k - n_q + i: queries are the last n_q of n_k positions, which is what a KV cache needs. A query that sees no
+    key (n_q > n_k) gives zeros.
 
     Parameters
     ----------
@@ -60,7 +60,7 @@ def attention(
     -------
     >>> import torch
     >>> from fastdl import ops
-    >>> q, k = torch.zeros(4, 1, 8), torch.zeros(2, 3, 8)            # one new token, three cached, heads in groups of two
+    >>> q, k = torch.zeros(4, 1, 8), torch.zeros(2, 3, 8)    # one new token, three cached, groups of 2
     >>> v = torch.arange(3.0).view(1, 3, 1).expand(2, 3, 1)
     >>> ops.attention(q, k, v).flatten()
     tensor([1., 1., 1., 1.])
@@ -75,13 +75,17 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
         if not t.is_floating_point():
             raise TypeError(f"{name}: expected a floating point tensor, got {t.dtype}")
         if t.dim() < 3 or t.dim() != q.dim():
-            raise ValueError(f"{name}: expected [..., heads, n, head_dim] with as many dimensions as q, got {tuple(t.shape)}")
+            raise ValueError(
+                f"{name}: expected [..., heads, n, head_dim] with as many dimensions as q, got {tuple(t.shape)}"
+            )
         if t.device != q.device:
             raise ValueError(f"{name}: expected the device of q, {q.device}, got {t.device}")
     if k.dtype != v.dtype:
         raise TypeError(f"v: expected the dtype of k, {k.dtype}, got {v.dtype}")
     if k.shape[:-1] != v.shape[:-1]:
-        raise ValueError(f"v: expected {tuple(k.shape[:-1])} before the last dimension, as in k, got {tuple(v.shape[:-1])}")
+        raise ValueError(
+            f"v: expected {tuple(k.shape[:-1])} before the last dimension, as in k, got {tuple(v.shape[:-1])}"
+        )
     if q.shape[:-3] != k.shape[:-3] or q.shape[-1] != k.shape[-1] or q.shape[-1] == 0:
         raise ValueError(f"k: expected the batch and head_dim of q {tuple(q.shape)}, got {tuple(k.shape)}")
     if k.shape[-3] == 0 or q.shape[-3] % k.shape[-3]:

@@ -1,7 +1,8 @@
 """A whole stack of decoder blocks in one call: contract of the room `decoder_block`.
 
-One op computes all layers for the new tokens of one sequence and writes their keys and values into the KV cache, so that a token
-costs Python three op calls (embedding, this, the head) and not four hundred. The maths is fastdl/reference/decoder_block.py.
+One op computes all layers for the new tokens of one sequence and writes their keys and values into the KV cache, so
+that a token costs Python three op calls (embedding, this, the head) and not four hundred. The maths is
+fastdl/reference/decoder_block.py.
 
 | back end | status |
 | --- | --- |
@@ -9,8 +10,9 @@ costs Python three op calls (embedding, this, the head) and not four hundred. Th
 | torch | the reference, on GGUF or packed weights; float16 or float32 cache; matrices are decoded at every call: slow |
 | cuda, triton | not in this release |
 
-What the cpu back end refuses: a cache that is not float16 (its attention reads half precision; float32 would double the traffic),
-weights in GGUF layout (the kernels read panels: `QuantTensor.pack_()`), rope tables or norms that are not float32.
+What the cpu back end refuses: a cache that is not float16 (its attention reads half precision; float32 would double the
+traffic), weights in GGUF layout (the kernels read panels: `QuantTensor.pack_()`), rope tables or norms that are not
+float32.
 Inference only: the cache is written in place, there is no gradient.
 
 Test: pytest tests/test_decoder_block.py
@@ -32,7 +34,8 @@ from .quant_matmul import ACTIVATIONS, auto_activation, quant_matmul
 
 define(
     "decoder_blocks(Tensor x, Tensor[] weights, int[] formats, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor rope, "
-    "Tensor? output_norm, int pos, int n_heads, int n_kv_heads, int head_dim, int ff_dim, float eps, int activation) -> Tensor"
+    "Tensor? output_norm, int pos, int n_heads, int n_kv_heads, int head_dim, int ff_dim, float eps, "
+    "int activation) -> Tensor"
 )
 
 
@@ -49,8 +52,8 @@ class DecoderLayer:
     """The weights of one layer, in the order the native op takes them.
 
     attn_norm, ffn_norm: float32 [width]. q [n_heads * head_dim, width], k and v [n_kv_heads * head_dim, width],
-    o [width, n_heads * head_dim], gate and up [ff_dim, width], down [width, ff_dim]: QuantTensor. Rows of q and k (and their biases)
-    stand in the order of interleaved RoPE pairs. bias_q, bias_k, bias_v: float32 [rows] or None.
+    o [width, n_heads * head_dim], gate and up [ff_dim, width], down [width, ff_dim]: QuantTensor. Rows of q and k (and
+    their biases) stand in the order of interleaved RoPE pairs. bias_q, bias_k, bias_v: float32 [rows] or None.
     """
 
     attn_norm: Tensor
@@ -111,7 +114,12 @@ class DecoderStack:
         self._native: tuple[list[Tensor], list[int]] | None = None
 
     def _check(self, index: int, layer: DecoderLayer) -> None:
-        q_rows, kv_rows, width, ff = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim, self.width, self.ff_dim
+        q_rows, kv_rows, width, ff = (
+            self.n_heads * self.head_dim,
+            self.n_kv_heads * self.head_dim,
+            self.width,
+            self.ff_dim,
+        )
         shapes = {"q": (q_rows, width), "k": (kv_rows, width), "v": (kv_rows, width), "o": (width, q_rows)}
         shapes |= {"gate": (ff, width), "up": (ff, width), "down": (width, ff)}
         for name, shape in shapes.items():
@@ -120,7 +128,13 @@ class DecoderStack:
                 raise TypeError(f"layers[{index}].{name}: expected a QuantTensor, got {type(weight).__name__}")
             if tuple(weight.shape) != shape:
                 raise ValueError(f"layers[{index}].{name}: expected shape {shape}, got {tuple(weight.shape)}")
-        for name, size in (("attn_norm", width), ("ffn_norm", width), ("bias_q", q_rows), ("bias_k", kv_rows), ("bias_v", kv_rows)):
+        for name, size in (
+            ("attn_norm", width),
+            ("ffn_norm", width),
+            ("bias_q", q_rows),
+            ("bias_k", kv_rows),
+            ("bias_v", kv_rows),
+        ):
             vector = getattr(layer, name)
             if vector is not None:
                 _check_vector(f"layers[{index}].{name}", vector, size)
@@ -181,8 +195,8 @@ def decoder_blocks(
     ----------
     x: float32 [n, width], the embeddings of the tokens at positions pos .. pos + n - 1.
     stack: DecoderStack.
-    k_cache, v_cache: float16 (torch back end: float32 too) [layers, n_kv_heads, max_len, head_dim], contiguous. Positions before pos
-        are read, pos .. pos + n - 1 are written.
+    k_cache, v_cache: float16 (torch back end: float32 too) [layers, n_kv_heads, max_len, head_dim], contiguous.
+        Positions before pos are read, pos .. pos + n - 1 are written.
     rope: float32 [at least pos + n, rope_dim] from `rope_table`, rope_dim <= head_dim.
     pos: how many tokens the cache holds already.
     activation: "auto", "int8", "bf16" or "fp32", as in `quant_matmul`; auto is `auto_activation(level, float32, n)`.
@@ -224,16 +238,16 @@ def decoder_blocks(
         if activation == "auto":
             activation = auto_activation(backends.cpu_level(), x.dtype, x.shape[0])
         return torch.ops.fastdl.decoder_blocks(
-            x, *stack.native_arguments(), k_cache, v_cache, rope, stack.output_norm, pos, stack.n_heads, stack.n_kv_heads,
-            stack.head_dim, stack.ff_dim, stack.eps, ACTIVATIONS[activation],
+            x, *stack.native_arguments(), k_cache, v_cache, rope, stack.output_norm, pos,
+            stack.n_heads, stack.n_kv_heads, stack.head_dim, stack.ff_dim, stack.eps, ACTIVATIONS[activation],
         )  # fmt: skip
 
     def matmul(h: Tensor, weight: QuantTensor, bias: Tensor | None) -> Tensor:
         return quant_matmul(h, weight, bias, activation=activation, backend="torch")
 
     return reference.decoder_blocks(
-        x, stack.layers, k_cache, v_cache, rope, stack.output_norm, pos, stack.n_heads, stack.n_kv_heads, stack.head_dim,
-        stack.eps, matmul,
+        x, stack.layers, k_cache, v_cache, rope, stack.output_norm, pos,
+        stack.n_heads, stack.n_kv_heads, stack.head_dim, stack.eps, matmul,
     )  # fmt: skip
 
 
@@ -255,7 +269,9 @@ def _check_vector(name: str, vector: Tensor, size: int) -> None:
         raise ValueError(f"{name}: expected shape ({size},), got {tuple(vector.shape)}")
 
 
-def _check_call(x: Tensor, stack: DecoderStack, k_cache: Tensor, v_cache: Tensor, rope: Tensor, pos: int, activation: str) -> None:
+def _check_call(
+    x: Tensor, stack: DecoderStack, k_cache: Tensor, v_cache: Tensor, rope: Tensor, pos: int, activation: str
+) -> None:
     if not isinstance(stack, DecoderStack):
         raise TypeError(f"stack: expected a DecoderStack, got {type(stack).__name__}")
     if activation != "auto" and activation not in ACTIVATIONS:
@@ -268,17 +284,21 @@ def _check_call(x: Tensor, stack: DecoderStack, k_cache: Tensor, v_cache: Tensor
     shape = k_cache.shape
     if len(shape) != 4 or shape[0] != len(stack.layers) or shape[1] != stack.n_kv_heads or shape[3] != stack.head_dim:
         raise ValueError(
-            f"k_cache: expected [{len(stack.layers)}, {stack.n_kv_heads}, max_len, {stack.head_dim}], got {tuple(shape)}"
+            f"k_cache: expected [{len(stack.layers)}, {stack.n_kv_heads}, max_len, {stack.head_dim}], "
+            f"got {tuple(shape)}"
         )
     if v_cache.shape != shape:
         raise ValueError(f"v_cache: expected the shape of k_cache {tuple(shape)}, got {tuple(v_cache.shape)}")
     if k_cache.dtype not in (torch.float16, torch.float32) or v_cache.dtype != k_cache.dtype:
-        raise TypeError(f"k_cache, v_cache: expected float16 or float32, both the same, got {k_cache.dtype} and {v_cache.dtype}")
+        raise TypeError(
+            f"k_cache, v_cache: expected float16 or float32, both the same, got {k_cache.dtype} and {v_cache.dtype}"
+        )
     if pos < 0 or pos + n > shape[2]:
         raise ValueError(f"pos: tokens {pos} .. {pos + n - 1} do not fit in a cache of {shape[2]}")
     if rope.dtype != torch.float32:
         raise TypeError(f"rope: expected float32, got {rope.dtype}")
     if rope.dim() != 2 or rope.shape[0] < pos + n or rope.shape[1] % 2 or not 2 <= rope.shape[1] <= stack.head_dim:
         raise ValueError(
-            f"rope: expected [at least {pos + n}, even, at most {stack.head_dim}], got {tuple(rope.shape)} (see rope_table)"
+            f"rope: expected [at least {pos + n}, even, at most {stack.head_dim}] (see rope_table), "
+            f"got {tuple(rope.shape)}"
         )

@@ -1,6 +1,6 @@
 """Rotary position embedding: contract of the room `rope`.
 
-    y_a = x_a cos(p f) - x_b sin(p f),    y_b = x_b cos(p f) + x_a sin(p f)      for each pair (a, b) of a head at position p
+    y_a = x_a cos(p f) - x_b sin(p f),    y_b = x_b cos(p f) + x_a sin(p f)   pair (a, b), position p
 
 | back end | status |
 | --- | --- |
@@ -44,8 +44,9 @@ def rope_table(
     Pair i turns by ``f[i] = base ** (-2 i / head_dim)`` radians a position, after scaling:
 
     - "none": as it is;  "linear": f / factor (position interpolation);
-    - "yarn": f / factor for pairs that turn fewer than `beta_slow` times in `original_context` positions, f for those that turn
-      at least `beta_fast` times, a ramp between; cos and sin are multiplied by `attention_factor` (None: 0.1 ln(factor) + 1).
+    - "yarn": f / factor for pairs that turn fewer than `beta_slow` times in `original_context` positions, f for those
+      that turn at least `beta_fast` times, a ramp between; cos and sin are multiplied by `attention_factor` (None: 0.1
+      ln(factor) + 1).
 
     Parameters
     ----------
@@ -88,7 +89,9 @@ def rope_table(
         f = reference.frequencies(head_dim, base) / factor
     elif scaling == "yarn":
         if not original_context or original_context < 1:
-            raise ValueError(f"original_context: yarn needs the length the model was trained with, got {original_context}")
+            raise ValueError(
+                f"original_context: yarn needs the length the model was trained with, got {original_context}"
+            )
         f = reference.yarn_frequencies(head_dim, base, factor, original_context, beta_fast, beta_slow)
         magnitude = attention_factor if attention_factor is not None else 0.1 * math.log(max(factor, 1.0)) + 1.0
     else:
@@ -155,7 +158,9 @@ def _rows(cos_sin: Tensor, positions: Tensor | int, n: int) -> Tensor:
     length = cos_sin.shape[0]
     if isinstance(positions, int):
         if positions < 0 or positions + n > length:
-            raise ValueError(f"positions: {positions} .. {positions + n - 1} do not lie in the table's 0 .. {length - 1}")
+            raise ValueError(
+                f"positions: {positions} .. {positions + n - 1} do not lie in the table's 0 .. {length - 1}"
+            )
         return cos_sin[positions : positions + n]
     if positions.dtype != torch.int64 or positions.shape != (n,):
         raise ValueError(f"positions: expected an int or int64 [{n}], got {positions.dtype} {tuple(positions.shape)}")

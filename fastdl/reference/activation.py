@@ -21,7 +21,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of gate and up.  With s = sigmoid(gate):  dgate = grad * up * s * (1 + gate * (1 - s)),  dup = grad * gate * s."""
+    """Gradients of gate and up.  With s = sigmoid(gate):  dgate = grad * up * s * (1 + gate * (1 - s)),  dup = grad *
+    gate * s."""
     wide = compute_dtype(gate.dtype)
     d, g, u = grad.to(wide), gate.to(wide), up.to(wide)
     s = torch.sigmoid(g)

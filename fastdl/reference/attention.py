@@ -2,9 +2,9 @@
 
     S = scale * Q K^T,    P = softmax(S over the keys that are seen),    O = P V
 
-Query head h reads key/value head h // (n_heads / n_kv_heads).  Causal: the last query stands at the last key, so query i of n_q
-sees keys 0 .. n_k - n_q + i; new tokens then attend to a cache plus themselves without further arguments.  A query that
-sees no key gives zeros.  Everything is float32 inside (float64 for float64); O has the dtype of q.
+Query head h reads key/value head h // (n_heads / n_kv_heads).  Causal: the last query stands at the last key, so query
+i of n_q sees keys 0 .. n_k - n_q + i; new tokens then attend to a cache plus themselves without further arguments.  A
+query that sees no key gives zeros.  Everything is float32 inside (float64 for float64); O has the dtype of q.
 
 Vaswani et al. (2017); grouped heads: Ainslie et al., "GQA" (2023).  Test: tests/test_attention.py.
 """
@@ -40,7 +40,8 @@ def _probabilities(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
-    """q [..., n_heads, n_q, d], k [..., n_kv_heads, n_k, d], v [..., n_kv_heads, n_k, d_v] -> [..., n_heads, n_q, d_v]."""
+    """q [..., n_heads, n_q, d], k [..., n_kv_heads, n_k, d], v [..., n_kv_heads, n_k, d_v] -> [..., n_heads, n_q,
+    d_v]."""
     wide = compute_dtype(q.dtype)
     groups = k.shape[-3]
     p = _probabilities(_grouped(q.to(wide), groups), k.to(wide).unsqueeze(-3), causal, scale)

@@ -9,8 +9,8 @@ For each layer, with t the new tokens at positions pos .. pos + n - 1:
     h      = rms_norm(x) * ffn_norm
     x      = x + (silu(h Wg^T) * (h Wu^T)) Wd^T
 
-and at the end, when an output norm is given, rms_norm(x) * output_norm.  All float32; what `matmul` does to its activations is its
-own affair.  Touvron et al., "LLaMA" (2023).  Test: tests/test_decoder_block.py.
+and at the end, when an output norm is given, rms_norm(x) * output_norm.  All float32; what `matmul` does to its
+activations is its own affair.  Touvron et al., "LLaMA" (2023).  Test: tests/test_decoder_block.py.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def decoder_blocks(
     eps: float,
     matmul: Callable[[Tensor, Any, Tensor | None], Tensor],
 ) -> Tensor:
-    """x float32 [n, width], caches [layers, n_kv_heads, max_len, head_dim] (written), rope [>= pos + n, rope_dim] -> [n, width].
+    """x float32 [n, width], caches [layers, n_kv_heads, max_len, head_dim] (written), rope [>= pos + n, rope_dim] ->
+    [n, width].
 
     `layers` have the fields of fastdl.ops.DecoderLayer; `matmul(x, weight, bias)` multiplies by one weight of theirs.
     """

@@ -4,9 +4,9 @@ Pair i of a head is turned by the angle p * f[i] at position p, with f[i] = base
 
     y_a = x_a * cos - x_b * sin,    y_b = x_b * cos + x_a * sin
 
-"interleaved" pairs are elements (2i, 2i+1): GGUF's llama.  "half" pairs are (i, i + rope_dim/2): GPT-NeoX, Hugging Face, qwen2.
-Elements from rope_dim on pass through.  The table is built in float64 and rounded once: angles reach 131072 radians, where
-float32 keeps two decimals only.
+"interleaved" pairs are elements (2i, 2i+1): GGUF's llama.  "half" pairs are (i, i + rope_dim/2): GPT-NeoX, Hugging
+Face, qwen2. Elements from rope_dim on pass through.  The table is built in float64 and rounded once: angles reach
+131072 radians, where float32 keeps two decimals only.
 
 Su et al., "RoFormer" (2021); YaRN: Peng et al. (2023).  Test: tests/test_rope.py.
 """
