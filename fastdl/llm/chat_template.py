@@ -82,6 +82,8 @@ def _check(template, messages, bos, eos, source: str) -> None:
         raise ModelFileError(f"{source}: {len(template)} characters, expected at most {MAX_TEMPLATE}")
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
         raise TypeError(f"messages: expected a list of dicts, got {type(messages).__name__}")
+    if not messages:
+        raise ValueError("messages: the conversation is empty, expected at least one message")
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping):
             raise TypeError(f"messages[{index}]: expected a dict, got {type(message).__name__}")
