@@ -1,0 +1,177 @@
+"""Tables and plots from the results files.
+
+    python -m bench.report               the table of must, aim and measured, as markdown (README)
+    python -m bench.report --details     every record of every results file, as markdown
+    python -m bench.report --plots       also draw bench/results/<hardware>-<bench>.png (needs matplotlib)
+
+Test: tests/test_bench.py
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from bench import goals, hardware, results
+
+NOT_MEASURED = "not yet measured"
+LEVEL_NAMES = {"amx": "AMX", "avx512": "AVX-512", "avx2": "AVX2", "scalar": "scalar"}
+METRIC_NAMES = {"prefill": "prefill, 512 tokens", "decode": "decode, batch 1, 128 tokens"}
+
+
+def times(value: dict) -> str:
+    """'2.31 × (2.25 to 2.40)'"""
+    return f"{value['median']:.2f} × ({value['min']:.2f} to {value['max']:.2f})"
+
+
+def number(value: dict, digits: int = 0) -> str:
+    """'412 (405 to 420)'"""
+    return f"{value['median']:,.{digits}f} ({value['min']:,.{digits}f} to {value['max']:,.{digits}f})"
+
+
+def goal_table(found: dict[str, list[dict]]) -> str:
+    """Must, aim and measured, one row a promise; a machine that has not measured it yet leaves 'not yet measured'."""
+    llm = found.get("llm", [])
+    lines = ["| fastdl against | must | aim | measured | on |", "| --- | --- | --- | --- | --- |"]
+    for level in hardware.LEVELS:
+        for metric in ("decode", "prefill"):
+            goal = goals.SPEED[level, metric]
+            aim = f"{goal.aim} ×" + (", or 80 % of the bandwidth limit" if metric == "decode" else "")
+            name = f"{METRIC_NAMES[metric]}, {LEVEL_NAMES[level]}"
+            cells = [(speed_cell(r, "llama.cpp", goal), m) for r, m in pick(llm, f"{level}/{metric}")]
+            lines += rows(f"llama.cpp: {name}", f"{goal.must} ×", aim, cells)
+        cells = [(ahead_cell(level, machine), machine) for _, machine in pick(llm, f"{level}/prefill")]
+        if level != "amx":
+            lines += rows(f"ik_llama.cpp: prefill and decode, {LEVEL_NAMES[level]}", "", "ahead", cells)
+    memory = [(memory_cell(r), m) for level in hardware.LEVELS for r, m in pick(llm, f"{level}/memory")]
+    lines += rows(
+        "file size: peak of `generate` (512 + 128 tokens) less peak of `import torch`", "≤ 1.5 ×", "≤ 1.2 ×", memory
+    )
+    for activation, must in (("int8", "≤ 1.2 × llama.cpp's"), ("bf16", "≤ 2e-4"), ("fp32", "≤ 1e-6")):
+        for level in hardware.LEVELS:
+            cells = [(kl_cell(r, activation), m) for r, m in pick(llm, f"{level}/accuracy")]
+            if cells:
+                lines += rows(f"exact fp32: mean KL, {activation} activations, {LEVEL_NAMES[level]}", must, "", cells)
+    return "\n".join(lines)
+
+
+def rows(name: str, must: str, aim: str, cells: list[tuple[str, dict]]) -> list[str]:
+    """One row a machine; one row that says so when none has measured it."""
+    if not cells:
+        return [f"| {name} | {must} | {aim} | {NOT_MEASURED} | |"]
+    return [f"| {name} | {must} | {aim} | {cell} | {machine_name(machine)} |" for cell, machine in cells]
+
+
+def pick(contents: list[dict], key: str) -> list[tuple[dict, dict]]:
+    """(record, file) of every machine that has a record under that key."""
+    return [(content["records"][key], content) for content in contents if key in content["records"]]
+
+
+def machine_name(content: dict) -> str:
+    machine = content["hardware"]
+    return f"{machine['model']}, {machine['cores']} cores, {LEVEL_NAMES[machine['best_level']]}"
+
+
+def speed_cell(record: dict, peer: str, goal: goals.Goal) -> str:
+    if peer not in record["peers"]:
+        return NOT_MEASURED
+    ratio, share = record["peers"][peer]["ratio"], record["share_of_limit"]
+    verdict = goal.verdict(ratio["median"], share if record["metric"] == "decode" else None)
+    return f"{times(ratio)}, {share:.0%} of the limit: {verdict}"
+
+
+def ahead_cell(level: str, content: dict) -> str:
+    cells = []
+    for metric in ("prefill", "decode"):
+        record = content["records"].get(f"{level}/{metric}")
+        if record is None or "ik_llama.cpp" not in record["peers"]:
+            return NOT_MEASURED
+        cells.append(f"{metric} {times(record['peers']['ik_llama.cpp']['ratio'])}")
+    return ", ".join(cells)
+
+
+def memory_cell(record: dict) -> str:
+    value = record["over_file_size"]
+    return f"{value:.2f} × ({record['prompt_tokens']} + {record['new_tokens']} tokens): {goals.MEMORY.verdict(value)}"
+
+
+def kl_cell(record: dict, activation: str) -> str:
+    value = record["fastdl"][activation]["mean_kl"]
+    if activation != "int8":
+        return f"{value:.2g}: {goals.KL[activation].verdict(value)}"
+    ratio = record.get("int8_over_llama.cpp")
+    if ratio is None:
+        return f"{value:.2g}; llama.cpp's {NOT_MEASURED}"
+    return f"{value:.2g} = {ratio:.2f} × llama.cpp's: {goals.KL_OVER_LLAMA.verdict(ratio)}"
+
+
+def lines(bench: str, records: dict[str, dict]) -> list[str]:
+    """Plain lines of a bench's records, for the terminal and for --details."""
+    made = []
+    for key, record in sorted(records.items()):
+        made += {"llm": llm_lines, "quant_matmul": sides_lines, "decoder_block": sides_lines}[bench](key, record)
+    return made
+
+
+def llm_lines(key: str, record: dict) -> list[str]:
+    if "metric" not in record:
+        plain = {k: v for k, v in record.items() if k not in ("level", "run", "missing")}
+        return [f"- {key}: {plain}"] + [f"- {key}: missing: {text}" for text in record.get("missing", [])]
+    made = [
+        f"- {key}: fastdl {number(record['tokens_per_s'])} tokens/s, {record['share_of_limit']:.0%} of the limit, "
+        f"mean KL {record['mean_kl']:.2g} from {record['reference']}"
+    ]
+    for name, peer in record["peers"].items():
+        made.append(
+            f"- {key}: {times(peer['ratio'])} {name} ({peer['setting']}), {number(peer['tokens_per_s'])} tokens/s"
+        )
+    return made + [f"- {key}: missing: {text}" for text in record["missing"]]
+
+
+def sides_lines(key: str, record: dict) -> list[str]:
+    made = []
+    for name, side in record["sides"].items():
+        over = "; ".join(f"{times(ratio)} {peer}" for peer, ratio in side["speedup_over"].items())
+        made.append(
+            f"- {key}: {name} ({side['activation']}): {side['seconds']['median'] * 1e3:.3f} ms, "
+            f"{side['weight_gb_per_s']} GB/s = {side['share_of_read_limit']:.0%} of the read limit, "
+            f"{side['gflop_per_s']:,.0f} GFLOP/s = {side['share_of_product_limit']:.0%} of the product limit, "
+            f"relative error {side['relative_error']:.1e}" + (f"; {over}" if over and name.startswith("fastdl") else "")
+        )
+    return made + [f"- {key}: missing: {text}" for text in record.get("missing", [])]
+
+
+def details(found: dict[str, list[dict]]) -> str:
+    """Every results file: the machine, the limits of each run, every record."""
+    made = []
+    for bench, contents in found.items():
+        for content in contents:
+            made += [f"### {bench}: {machine_name(content)}", ""]
+            for run_id, run in content["runs"].items():
+                made += [
+                    f"Run {run_id}, commit {run['commit']}, {run['threads']} threads, {run['versions']}, {run['peers']}"
+                ]
+                made += [f"- limits, {count} threads: {values}" for count, values in (run["limits"] or {}).items()]
+            made += ["", *lines(bench, content["records"]), ""]
+    return "\n".join(made)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--results", type=Path, default=results.RESULTS, help="folder of the results files")
+    parser.add_argument("--details", action="store_true", help="print every record too")
+    parser.add_argument("--plots", action="store_true", help="draw a PNG beside each results file")
+    options = parser.parse_args(arguments)
+    found = results.load_all(options.results)
+    print(goal_table(found))
+    if options.details:
+        print("\n" + details(found))
+    if options.plots:
+        from bench import plot
+
+        for path in plot.draw_all(found, options.results):
+            print(f"drawn: {path}")
+
+
+if __name__ == "__main__":
+    main()
