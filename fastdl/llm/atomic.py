@@ -1,8 +1,9 @@
 """Files that appear whole or not at all.
 
-The bytes go to a temporary file in the destination's own folder (a rename across file systems is a copy), are flushed to the
-disk, and only then take the final name. Whatever goes wrong (an exception, Ctrl-C, a full disk) removes the temporary file; a
-process that is killed outright leaves it behind under a name that ends in ``.part``, never under the final name.
+The bytes go to a temporary file in the destination's own folder (a rename across file systems is a copy), are flushed
+to the disk, and only then take the final name. Whatever goes wrong (an exception, Ctrl-C, a full disk) removes the
+temporary file; a process that is killed outright leaves it behind under a name that ends in ``.part``, never under the
+final name.
 
 Tests: ``pytest tests/test_convert.py -k atomic``.
 """
@@ -62,7 +63,9 @@ def atomic_file(dst: str | os.PathLike[str], *, overwrite: bool = False) -> Iter
     """
     path = check_destination(dst, overwrite)
     part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
-    os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # 0o666: the umask decides, as for any new file
+    os.close(
+        os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    )  # 0o666: the umask decides, as for any new file
     try:
         yield part
         with open(part, "rb") as file:

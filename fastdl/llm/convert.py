@@ -1,11 +1,12 @@
 """Conversion of a model to a quantized GGUF file: ``fastdl quantize SRC DST --type q4_1``.
 
-SRC is a GGUF file (convert_gguf.py) or a Hugging Face folder (convert_hf.py); both are read as a `Source`: metadata and a list of
-tensors that give their rows as float32. This file holds the rule (which tensor gets which type) and the writer.
+SRC is a GGUF file (convert_gguf.py) or a Hugging Face folder (convert_hf.py); both are read as a `Source`: metadata
+and a list of tensors that give their rows as float32. This file holds the rule (which tensor gets which type) and the
+writer.
 
-Method: header and metadata by ``gguf.GGUFWriter``; then the tensor data in chunks of rows, read, encoded, written, so that the
-memory needed does not grow with the model. Rows that have the wanted type already are copied byte for byte. The file takes its
-final name when it is complete (atomic.py).
+Method: header and metadata by ``gguf.GGUFWriter``; then the tensor data in chunks of rows, read, encoded, written, so
+that the memory needed does not grow with the model. Rows that have the wanted type already are copied byte for byte.
+The file takes its final name when it is complete (atomic.py).
 
 Rule, rows and columns as in PyTorch (docs/quantization.md explains it):
 
@@ -24,61 +25,31 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from fastdl.llm.atomic import atomic_file, check_destination
+from fastdl.llm.config import check_tensors, read_config
+from fastdl.llm.convert_source import Source, SourceTensor
 from fastdl.llm.gguf import ModelFileError, open_gguf
 from fastdl.quant.formats import FORMATS, encode_rows
 
-__all__ = ["ARCHITECTURES", "FILE_TYPES", "ConvertReport", "TensorReport", "quantize_file"]
+__all__ = ["FILE_TYPES", "ConvertReport", "TensorReport", "quantize_file"]
 
-ARCHITECTURES = ("llama", "qwen2")  # GGUF's names; mistral and smollm2 are "llama"
 FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q4_1": 3}  # type -> GGUF's general.file_type
 CHUNK_WEIGHTS = 1 << 22  # weights in one chunk: 16 MB as float32
 QUANTIZATION_VERSION = 2  # ggml's, the value of general.quantization_version
 
 
-class SourceTensor(Protocol):
-    """One tensor of a source, under its GGUF name."""
-
-    name: str
-    shape: tuple[int, ...]  # (rows, cols) or (n,)
-    type: str  # "q4_1", "bf16", ...
-    row_multiple: int  # chunks must start at a multiple of this many rows
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        """float32 [stop - start, cols]; a vector is one row."""
-
-    def raw(self, start: int, stop: int) -> memoryview | None:
-        """The same rows' bytes in the tensor's own type, or None if they cannot be copied as they are."""
-
-    def release(self) -> None:
-        """Gives memory back after the last row."""
-
-
-@dataclass
-class Source:
-    """A model to convert. ``metadata`` are arguments of ``GGUFWriter.add_key_value``: key, value, type, element type."""
-
-    path: Path
-    architecture: str
-    files: list[Path]
-    nbytes: int  # of the tensors, as they are
-    metadata: list[tuple[str, Any, Any, Any]]
-    tensors: Sequence[SourceTensor]
-    close: Callable[[], None]
-    notes: list[str] = field(default_factory=list)
-
-
 @dataclass(frozen=True)
 class TensorReport:
-    """What became of one tensor. ``note`` says why the rule gave another type than asked for, or that precision was lost before."""
+    """What became of one tensor. ``note``: why it has another type than asked for, or was quantized twice."""
 
     name: str
     shape: tuple[int, ...]
@@ -132,11 +103,12 @@ def quantize_file(
     progress: bool = True,
     overwrite: bool = False,
 ) -> ConvertReport:
-    """Converts a model to a GGUF file whose matrices have the given type. llama.cpp and `fastdl.llm.load` read the result.
+    """Converts a model to a GGUF file whose matrices have the given type, for `fastdl.llm.load` and llama.cpp.
 
     Parameters
     ----------
-    src: a GGUF file, or a Hugging Face folder (config.json, *.safetensors, tokenizer.json or tokenizer.model) of a llama, mistral or
+    src: a GGUF file, or a Hugging Face folder (config.json, *.safetensors, tokenizer.json or tokenizer.model) of a
+    llama, mistral or
         qwen2 model.
     dst: the file to write. It appears under this name when it is complete, or not at all.
     type: "q4_1" (5 bits a weight), "q8_0" (8.5), "f16", "bf16" or "f32".
@@ -239,8 +211,11 @@ def _write(source: Source, plan: list[TensorReport], part: Path, dst: Any, file_
         alignment = _write_header(source, plan, part, file_type)
         total = sum(torch.Size(item.shape).numel() for item in plan)
         with (
+            one_thread(),
             open(part, "ab") as out,
-            tqdm(total=total, unit=" weights", unit_scale=True, desc="quantize", disable=None if progress else True) as bar,
+            tqdm(
+                total=total, unit=" weights", unit_scale=True, desc="quantize", disable=None if progress else True
+            ) as bar,
         ):
             _pad(out, alignment)
             for tensor, item in zip(source.tensors, plan, strict=True):
@@ -250,12 +225,17 @@ def _write(source: Source, plan: list[TensorReport], part: Path, dst: Any, file_
                 _pad(out, alignment)
                 tensor.release()
     except OSError as error:
-        raise OSError(error.errno, f"writing {dst} failed: {error.strerror or error}; no file was left behind") from error
+        raise OSError(
+            error.errno, f"writing {dst} failed: {error.strerror or error}; no file was left behind"
+        ) from error
     with open_gguf(part) as written:  # what cannot be read again must not get the final name
         for item in plan:
             info = written.info(item.name)
             if (info.shape, info.type_name.lower(), info.nbytes) != (item.shape, item.type, item.nbytes):
                 raise RuntimeError(f"{dst}: tensor {item.name!r} was written as {info}, expected {item}")
+        check_tensors(written, read_config(written))
+        if source.compare is not None:
+            source.notes += source.compare(written.metadata)
 
 
 def _write_header(source: Source, plan: list[TensorReport], part: Path, file_type: int) -> int:
@@ -310,6 +290,17 @@ def _encode(w: Tensor, kind: str) -> memoryview:
     else:
         coded = encode_rows(w, FORMATS[kind], "weights")
     return memoryview(coded.contiguous().numpy()).cast("B")
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Limits torch to one thread: the encoder's steps are small; two threads on a busy machine were 100 x slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _pad(out: BinaryIO, alignment: int) -> None:

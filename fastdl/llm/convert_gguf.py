@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdl.llm.convert import ARCHITECTURES, Source
+from fastdl.llm.config import check_tensors, read_config
+from fastdl.llm.convert_source import Source
 from fastdl.llm.gguf import GGUFFile, ModelFileError, StringArray, TensorInfo, open_gguf
 from fastdl.llm.gguf_metadata import ARRAY, Cursor
 from fastdl.quant.formats import FORMATS, decode_rows
@@ -28,29 +29,17 @@ class GGUFTensor:
     row_multiple = 1
 
     def __init__(self, file: GGUFFile, info: TensorInfo):
-        self._file, self._info = file, info
+        self._file = file
         self.name, self.shape, self.type = info.name, info.shape, info.type_name.lower()
 
     def raw(self, start: int, stop: int) -> memoryview:
         return memoryview(self._file.tensor_bytes(self.name)[start:stop]).cast("B") if stop > start else memoryview(b"")
 
     def rows(self, start: int, stop: int) -> Tensor:
-        data = self._file.tensor_bytes(self.name)[start:stop]
         if self.type in FORMATS:
-            return decode_rows(torch.from_numpy(data.copy()), FORMATS[self.type], torch.float32)
-        return torch.from_numpy(np.array(self._decode(data), dtype=np.float32))
-
-    def _decode(self, data: np.ndarray) -> np.ndarray:
-        import gguf
-
-        if self.type == "f64":
-            return data.view("<f8")
-        try:
-            return gguf.quants.dequantize(data, gguf.GGMLQuantizationType(self._info.type_id))
-        except (NotImplementedError, ValueError):
-            raise ModelFileError(
-                f"{self._file.path}: tensor {self.name!r} has the type {self._info.type_name}, which nothing here decodes"
-            ) from None
+            data = self._file.tensor_bytes(self.name)[start:stop].copy()
+            return decode_rows(torch.from_numpy(data), FORMATS[self.type], torch.float32)
+        return torch.from_numpy(self._file.decode_foreign(self.name, start, stop))
 
     def release(self) -> None:
         self._file.release(self.name)
@@ -78,26 +67,15 @@ def open_file(path: Path) -> Source:
 
 
 def _check(file: GGUFFile) -> None:
-    architecture = file.metadata.value("general.architecture", str)
-    if architecture not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise ModelFileError(f"{file.path}: architecture {architecture!r} is not supported (supported: {known})")
     if file.metadata.value("split.count", int, 1) > 1:
         raise ModelFileError(f"{file.path}: one part of a split model; join the parts first (llama-gguf-split --merge)")
     if not file.tensors:
         raise ModelFileError(f"{file.path}: holds no tensors (a vocabulary-only file?)")
-    if "token_embd.weight" not in file.tensors:
-        raise ModelFileError(f"{file.path}: tensor 'token_embd.weight' is missing")
-    for info in file.tensors.values():
-        if len(info.shape) > 2:
-            reason = "mixtures of experts are not supported" if "_exps" in info.name else "expected 1 or 2 dimensions"
-            raise ModelFileError(f"{file.path}: tensor {info.name!r} has the shape {info.shape}; {reason}")
-        if info.nbytes is None:
-            raise ModelFileError(f"{file.path}: tensor {info.name!r} has the type {info.type_name}, which is not supported")
+    check_tensors(file, read_config(file))
 
 
 def _typed_metadata(path: Path, count: int, notes: list[str]) -> list[tuple[str, Any, Any, Any]]:
-    """Walks the header (which `open_gguf` has checked) again, because Python values do not tell an uint32 from an int64."""
+    """Walks the header (which `open_gguf` has checked) again: Python values do not tell a uint32 from an int64."""
     from gguf import GGUFValueType
 
     result = []

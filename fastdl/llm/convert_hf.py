@@ -1,9 +1,9 @@
 """A Hugging Face folder (llama, mistral, qwen2) as the source of a conversion.
 
-Read are config.json (hyperparameters), *.safetensors (weights, also sharded, with an index) and the tokenizer's files. Names become
-GGUF's. GGUF's llama rotates the pairs of elements (2i, 2i+1) of a head, Hugging Face's the pairs (i, i + head_dim/2): so the
-rows of q and k change places within each head, new row 2i + j = old row i + j * head_dim/2. GGUF's qwen2 rotates halves too, its
-rows stay. Every tensor's presence and shape is checked before anything is written.
+Read are config.json (hyperparameters), *.safetensors (weights, also sharded, with an index) and the tokenizer's files.
+Names become GGUF's. GGUF's llama rotates the pairs of elements (2i, 2i+1) of a head, Hugging Face's the pairs (i, i +
+head_dim/2): so the rows of q and k change places within each head, new row 2i + j = old row i + j * head_dim/2. GGUF's
+qwen2 rotates halves too, its rows stay. Every tensor's presence and shape is checked before anything is written.
 
 Tests: ``pytest tests/test_convert.py -k hf``.
 """
@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdl.llm.convert import Source
 from fastdl.llm.convert_hf_config import Config, config_metadata, read_config, rope_factors
-from fastdl.llm.convert_tokenizer import Vocabulary, read_json, read_vocabulary
+from fastdl.llm.convert_source import Source
+from fastdl.llm.convert_tokenizer import Vocabulary, compare, read_json, read_vocabulary
 from fastdl.llm.gguf import ModelFileError
 
 _TYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16", "F64": "f64"}
@@ -29,8 +29,10 @@ _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq$")  # computed from the configu
 
 @dataclass
 class FolderTensor:
-    """One tensor of a safetensors file (convert.SourceTensor). The file is opened anew for each tensor: closing it gives the mapped
-    pages back, so that the memory in use stays at one tensor."""
+    """One tensor of a safetensors file (convert.SourceTensor).
+
+    The file is opened anew for each tensor: closing it gives the mapped pages back, so that memory in use stays small.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -100,9 +102,15 @@ def open_folder(folder: Path) -> Source:
         nbytes=sum(_nbytes(tensor) for tensor in tensors),
         metadata=metadata,
         tensors=tensors,
-        close=lambda: [tensor.release() for tensor in tensors] and None,
+        close=lambda: _release(tensors),
+        compare=lambda written: compare(folder, written),
         notes=config.notes + vocab.notes,
     )
+
+
+def _release(tensors: list[Any]) -> None:
+    for tensor in tensors:
+        tensor.release()
 
 
 def _nbytes(tensor: FolderTensor | ComputedTensor) -> int:
@@ -130,7 +138,11 @@ def _weight_files(folder: Path) -> list[Path]:
         if not file.is_file():
             raise ModelFileError(f"{file}: no such file, but {index_path.name} names it")
     if not files:
-        other = " (pytorch_model.bin is not read: save the model again as safetensors)" if list(folder.glob("*.bin")) else ""
+        other = (
+            " (pytorch_model.bin is not read: save the model again as safetensors)"
+            if list(folder.glob("*.bin"))
+            else ""
+        )
         raise ModelFileError(f"{folder}: no *.safetensors file in the folder{other}")
     return files
 
@@ -220,7 +232,14 @@ def _tokenizer_metadata(vocab: Vocabulary) -> list[tuple[str, Any, Any, Any]]:
         metadata.append(("tokenizer.ggml.scores", vocab.scores, Value.ARRAY, Value.FLOAT32))
     if vocab.merges:
         metadata.append(("tokenizer.ggml.merges", vocab.merges, Value.ARRAY, Value.STRING))
-    keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}  # GGUF's spelling
+    keys = {
+        "bos": "bos",
+        "eos": "eos",
+        "unk": "unknown",
+        "sep": "seperator",
+        "pad": "padding",
+        "mask": "mask",
+    }  # GGUF's spelling
     for name, index in vocab.special_ids.items():
         if name in keys:
             metadata.append((f"tokenizer.ggml.{keys[name]}_token_id", index, Value.UINT32, None))

@@ -1,7 +1,7 @@
 """config.json of a llama, mistral or qwen2 model -> GGUF metadata and rope factors.
 
-What GGUF cannot express, or `fastdl.llm` could not compute, is refused by name: a converted model gives the source's logits
-or does not come into being.
+What GGUF cannot express, or `fastdl.llm` could not compute, is refused by name: a converted model gives the source's
+logits or does not come into being.
 
 Tests: ``pytest tests/test_convert.py -k hf``.
 """
@@ -62,6 +62,8 @@ def read_config(folder: Path) -> Config:
     width = _number(path, raw, "hidden_size", int)
     kv_heads = _number(path, raw, "num_key_value_heads", int, heads if kind == "llama" else None)
     head_dim = _number(path, raw, "head_dim", int, width // heads)
+    if raw.get("head_dim") is None and width % heads:
+        raise ModelFileError(f"{path}: hidden_size {width} is not divisible by {heads} attention heads")
     if heads % kv_heads:
         raise ModelFileError(f"{path}: {heads} attention heads cannot share {kv_heads} key/value heads")
     if head_dim % 2:
@@ -129,8 +131,9 @@ def config_metadata(config: Config) -> list[tuple[str, Any, Any, Any]]:
 def rope_factors(config: Config) -> Tensor | None:
     """float32 [head_dim / 2], what llama 3 divides each rotary frequency by; None for other kinds of scaling.
 
-    Wavelengths shorter than original_context / high_freq_factor stay, those longer than original_context / low_freq_factor are
-    stretched by ``factor``, those between are interpolated. Source: transformers, modeling_rope_utils, "llama3".
+    Wavelengths shorter than original_context / high_freq_factor stay, those longer than original_context /
+    low_freq_factor are stretched by ``factor``, those between are interpolated. Source: transformers,
+    modeling_rope_utils, "llama3".
     """
     rope = config.rope
     if rope["rope_type"] != "llama3":
@@ -158,7 +161,9 @@ def _number(path: Path, raw: dict[str, Any], key: str, kind: type, default: Any 
 
 def _refuse(path: Path, raw: dict[str, Any]) -> None:
     if raw.get("quantization_config") is not None:
-        raise ModelFileError(f"{path}: the weights are quantized already (quantization_config); convert the original model")
+        raise ModelFileError(
+            f"{path}: the weights are quantized already (quantization_config); convert the original model"
+        )
     if raw.get("hidden_act", "silu") != "silu":
         raise ModelFileError(f"{path}: hidden_act {raw['hidden_act']!r} is not supported (silu is)")
     for key in ("attention_bias", "mlp_bias"):
@@ -185,14 +190,21 @@ def _check_rope(path: Path, config: Config) -> None:
     if kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
         raise ModelFileError(f"{path}: high_freq_factor must be larger than low_freq_factor")
     if kind == "yarn":
-        defaults = {"attention_factor": None, "beta_fast": 32, "beta_slow": 1, "mscale": None, "mscale_all_dim": None, "truncate": True}
+        defaults = {
+            "attention_factor": None,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": None,
+            "mscale_all_dim": None,
+            "truncate": True,
+        }
         for key, default in defaults.items():
             if rope.get(key, default) not in (None, default):
                 raise ModelFileError(f"{path}: rope type 'yarn' with {key} {rope[key]} is not supported")
 
 
 def _limit_to_window(raw: dict[str, Any], kind: str, config: Config) -> None:
-    """Sliding windows have no place in these GGUF architectures; up to the window's length the model is the same without it."""
+    """These GGUF architectures have no sliding window; up to its length the model is the same without it."""
     window = raw.get("sliding_window")
     if kind == "qwen2" and raw.get("use_sliding_window") is not True:
         window = None

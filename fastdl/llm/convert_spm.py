@@ -1,9 +1,9 @@
 """Reader of SentencePiece's ``tokenizer.model``: pieces, scores, types.
 
-The file is one protocol-buffer message (sentencepiece_model.proto): field 1 repeats ``SentencePiece {1: piece, 2: score,
-3: type}``, field 2 is the trainer's settings (``3: model_type``, 1 unigram, 2 BPE), field 3 the normalizer's
-(``3: add_dummy_prefix``). These few fields do not justify a dependency on sentencepiece, so the wire format is read here; every
-length is checked against the bytes that are there.
+The file is one protocol-buffer message (sentencepiece_model.proto): field 1 repeats ``SentencePiece {1: piece, 2:
+score, 3: type}``, field 2 is the trainer's settings (``3: model_type``, 1 unigram, 2 BPE), field 3 the normalizer's
+(``3: add_dummy_prefix``). These few fields do not justify a dependency on sentencepiece, so the wire format is read
+here; every length is checked against the bytes that are there.
 
 Tests: ``pytest tests/test_convert.py -k sentencepiece``.
 """

@@ -3,13 +3,15 @@
 Two kinds exist in the llama family, and each has one GGUF form:
 
 - ``gpt2``: byte-level byte-pair encoding (llama 3, qwen2, smollm2, Mistral Nemo). Tokens, merges, and the *name* of the
-  pre-tokenizer, from which a reader rebuilds the regular expressions. The name is found from the structure of ``pre_tokenizer``
-  in tokenizer.json, so that any fine-tune of a known family is recognised, whatever its vocabulary.
-- ``llama``: SentencePiece byte-pair encoding (llama 2, Mistral 7B). Tokens and scores; a reader joins the pair with the best
-  score. Scores come from tokenizer.model; where there is only a tokenizer.json, the rank of a token's first merge takes their
-  place, which orders the joins in the same way.
+  pre-tokenizer, from which a reader rebuilds the regular expressions. The name is found from the structure of
+  ``pre_tokenizer`` in tokenizer.json, so that any fine-tune of a known family is recognised, whatever its vocabulary.
+- ``llama``: SentencePiece byte-pair encoding (llama 2, Mistral 7B). Tokens and scores; a reader joins the pair with
+the best
+  score. Scores come from tokenizer.model; where there is only a tokenizer.json, the rank of a token's first merge
+  takes their place, which orders the joins in the same way.
 
-Special ids and the chat template are read by ``gguf.SpecialVocab``. Whether BOS and EOS are added is read off by encoding.
+Special ids and the chat template are read by ``gguf.SpecialVocab``. Whether BOS and EOS are added is read off by
+encoding.
 
 Tests: ``pytest tests/test_convert.py -k tokenizer``.
 """
@@ -17,33 +19,31 @@ Tests: ``pytest tests/test_convert.py -k tokenizer``.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastdl.llm import tokenizer_bpe
 from fastdl.llm.convert_spm import read_sentencepiece
-from fastdl.llm.gguf import ModelFileError
+from fastdl.llm.gguf import Metadata, ModelFileError
+from fastdl.llm.tokenizer import Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # gguf's token types
 
-_LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_CASED = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+{s}|"
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*{s}|"
+# Names to choose from, best first: GGUF has many names for one way to cut. "command-r" cuts off every digit, then cuts
+# as GPT-2 does: smollm's own way. The name "smollm" itself is read by transformers, and so by fastdl, as plain GPT-2.
+PREFERRED = (
+    *("gpt-2", "command-r", "llama-bpe", "dbrx", "qwen2", "qwen35", "seed-coder", "tekken", "gpt-4o"),
+    *("deepseek-llm", "deepseek-coder", "deepseek-v3", "falcon"),
 )
-_CASED_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-
-# steps of tokenizer.json's pre_tokenizer (see _steps) -> GGUF's name. A name stands for its regular expressions, so one name serves
-# every tokenizer that splits in the same way (starcoder's and smollm's are one).
-PRE_TOKENIZERS = {
-    ("bytelevel regex",): "gpt-2",
-    ("digits", "bytelevel regex"): "smollm",
-    ("split " + _LETTERS + r"\p{N}{1,3}" + _REST, "bytelevel"): "llama-bpe",
-    ("split " + _LETTERS + r"\p{N}" + _REST, "bytelevel"): "qwen2",
-    ("split " + _CASED.replace("{s}", "") + r"\p{N}" + _CASED_REST, "bytelevel"): "tekken",
-}
+# Texts on which a converted tokenizer is compared with its source.
+SAMPLE = (
+    "Hello, World! I've been told he's there, WE'LL see; it'S 3.14159, 2024 or 1000000?\n\n"
+    "  def f(x):\n\treturn x[1:] + 'a\\n'  # done\r\n   x  1    .\u00a0!!!... ------======= "
+    "Straße, naïve café, Ελληνικά, нещо на Български, 我想在apple工作1314151天～, 🚀 👩\u200d👩\u200d👧 "
+)
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Vocabulary:
 
 
 def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
-    """Reads the tokenizer of ``folder``; ids up to ``vocab_size`` (the embedding's rows) that it leaves open become unused tokens.
+    """Reads the tokenizer of ``folder``; ids it leaves open below ``vocab_size`` (the embedding's rows) are unused.
 
     Raises
     ------
@@ -76,7 +76,9 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
     config = read_json(folder / "tokenizer_config.json", optional=True) or {}
     spm = folder / "tokenizer.model"
     if tokenizer is None and not spm.is_file():
-        raise ModelFileError(f"{folder}: no tokenizer.json and no tokenizer.model; save the tokenizer beside the weights")
+        raise ModelFileError(
+            f"{folder}: no tokenizer.json and no tokenizer.model; save the tokenizer beside the weights"
+        )
     try:
         if tokenizer is not None and _is_byte_level(tokenizer):
             vocab = _byte_level(folder, tokenizer)
@@ -108,25 +110,30 @@ def read_json(path: Path, *, optional: bool = False) -> Any:
     return value
 
 
-def _steps(pre_tokenizer: dict[str, Any] | None) -> tuple[str, ...]:
-    """A pre-tokenizer as a tuple of steps that can be looked up."""
-    if pre_tokenizer is None:
-        return ()
+def _steps(pre_tokenizer: dict[str, Any]) -> list[str]:
+    """The regular expressions of a byte-level pre-tokenizer, in order; a step of another kind stands as its JSON."""
     kind = pre_tokenizer["type"]
     if kind == "Sequence":
-        return tuple(step for part in pre_tokenizer["pretokenizers"] for step in _steps(part))
+        return [step for part in pre_tokenizer["pretokenizers"] for step in _steps(part)]
     if kind == "ByteLevel":
-        return ("bytelevel regex" if pre_tokenizer.get("use_regex", True) else "bytelevel",)
+        return tokenizer_bpe.GPT2 if pre_tokenizer.get("use_regex", True) else []
     if kind == "Digits" and pre_tokenizer.get("individual_digits"):
-        return ("digits",)
+        return [r"\p{N}"]
     if kind == "Split" and pre_tokenizer.get("behavior") == "Isolated" and not pre_tokenizer.get("invert"):
         pattern = pre_tokenizer["pattern"]
-        return ("split " + (pattern["Regex"] if "Regex" in pattern else re.escape(pattern["String"])),)
-    return (json.dumps(pre_tokenizer, sort_keys=True),)
+        return [pattern["Regex"] if "Regex" in pattern else re.escape(pattern["String"])]
+    return [json.dumps(pre_tokenizer, sort_keys=True)]
+
+
+def _name(steps: list[str], whole_tokens_first: bool) -> str | None:
+    """GGUF's name for a pre-tokenizer. Where names differ only in taking whole tokens first, the model decides."""
+    found = [name for name in PREFERRED if tokenizer_bpe.PRE_TOKENIZERS[name] == steps]
+    exact = [name for name in found if (name in tokenizer_bpe.WHOLE_TOKENS_FIRST) == whole_tokens_first]
+    return next(iter(exact + found), None)
 
 
 def _is_byte_level(tokenizer: dict[str, Any]) -> bool:
-    return any(step.startswith("bytelevel") for step in _steps(tokenizer.get("pre_tokenizer")))
+    return '"ByteLevel"' in json.dumps(tokenizer.get("pre_tokenizer"))
 
 
 def _byte_level(folder: Path, tokenizer: dict[str, Any]) -> Vocabulary:
@@ -134,11 +141,11 @@ def _byte_level(folder: Path, tokenizer: dict[str, Any]) -> Vocabulary:
     if model.get("type") != "BPE":
         raise ModelFileError(f"{folder / 'tokenizer.json'}: model type {model.get('type')!r} is not supported (BPE is)")
     steps = _steps(tokenizer["pre_tokenizer"])
-    pre = PRE_TOKENIZERS.get(steps)
+    pre = _name(steps, model.get("ignore_merges") is True)
     if pre is None:
-        known = ", ".join(sorted(PRE_TOKENIZERS.values()))
         raise ModelFileError(
-            f"{folder / 'tokenizer.json'}: pre-tokenizer not recognised (known: {known}); its steps are {list(steps)}"
+            f"{folder / 'tokenizer.json'}: pre-tokenizer not recognised (known: {', '.join(PREFERRED)}); "
+            f"its patterns are {steps}"
         )
     tokens, types = _tokens(folder, model["vocab"], tokenizer.get("added_tokens") or [])
     merges = [_merge(merge) for merge in model["merges"]]
@@ -168,7 +175,7 @@ def _tokens(folder: Path, vocab: dict[str, int], added: list[dict[str, Any]]) ->
 
 
 def _added_type(token: dict[str, Any]) -> int:
-    """Some models forget to mark control tokens; ``<|name|>`` is one whatever the file says, as llama.cpp's converter has it."""
+    """Some models forget to mark control tokens; ``<|name|>`` is one whatever the file says (llama.cpp's rule)."""
     text = token["content"]
     looks_special = text in ("<pad>", "<mask>") or re.fullmatch(r"<[|｜].*[|｜]>", text, re.DOTALL) is not None
     return CONTROL if token.get("special") or looks_special else USER_DEFINED
@@ -238,7 +245,8 @@ def _extend(vocab: Vocabulary, size: int) -> None:
 def _pad(vocab: Vocabulary, size: int, folder: Path) -> None:
     if len(vocab.tokens) > size:
         raise ModelFileError(
-            f"{folder}: the tokenizer has {len(vocab.tokens)} tokens, the embedding only {size} rows (vocab_size in config.json)"
+            f"{folder}: the tokenizer has {len(vocab.tokens)} tokens, the embedding only {size} rows "
+            "(vocab_size in config.json)"
         )
     _extend(vocab, size)
 
@@ -246,7 +254,12 @@ def _pad(vocab: Vocabulary, size: int, folder: Path) -> None:
 def _special(vocab: Vocabulary, folder: Path, tokenizer: dict[str, Any] | None, config: dict[str, Any]) -> None:
     import gguf
 
-    special = gguf.SpecialVocab(folder, n_vocab=len(vocab.tokens))
+    logger = logging.getLogger("gguf.vocab")  # it warns of what is read off by encoding here
+    before, logger.disabled = logger.disabled, True
+    try:
+        special = gguf.SpecialVocab(folder, n_vocab=len(vocab.tokens))
+    finally:
+        logger.disabled = before
     vocab.special_ids = dict(special.special_token_ids)
     if vocab.kind == "llama" and UNKNOWN in vocab.types:
         vocab.special_ids.setdefault("unk", vocab.types.index(UNKNOWN))
@@ -265,7 +278,9 @@ def _special(vocab: Vocabulary, folder: Path, tokenizer: dict[str, Any] | None, 
         else:
             setattr(vocab, attribute, bool(ids) and ids == expected)
             if ids and ids != expected:
-                vocab.notes.append(f"the tokenizer puts the tokens {ids} around the text, which GGUF cannot say; left out")
+                vocab.notes.append(
+                    f"the tokenizer puts the tokens {ids} around the text, which GGUF cannot say; left out"
+                )
         if getattr(vocab, attribute) and expected is None:
             raise ModelFileError(f"{folder}: the tokenizer adds a {name.upper()} token but names none")
 
@@ -286,3 +301,20 @@ def _added_around(folder: Path, tokenizer: dict[str, Any] | None) -> tuple[list[
         if full[start : start + len(plain)] == plain:
             return full[:start], full[start + len(plain) :]
     return [], []
+
+
+def compare(folder: Path, metadata: Metadata) -> list[str]:
+    """Encodes `SAMPLE` with the folder's tokenizer.json and with what was written; returns a note if the ids differ."""
+    if not (folder / "tokenizer.json").is_file():
+        return []
+    from tokenizers import Tokenizer as HuggingFaceTokenizer
+
+    theirs = HuggingFaceTokenizer.from_file(str(folder / "tokenizer.json")).encode(SAMPLE, add_special_tokens=False).ids
+    ours = Tokenizer.from_gguf(metadata).encode(SAMPLE, add_special=False)
+    if ours == theirs:
+        return []
+    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    return [
+        f"the tokenizer encodes some texts otherwise than the source's: "
+        f"{ours[at : at + 4]}, there {theirs[at : at + 4]}"
+    ]
