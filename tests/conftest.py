@@ -14,6 +14,14 @@ def _clean_environment(monkeypatch):
     monkeypatch.delenv("FASTDL_CHECK", raising=False)
 
 
+def pytest_collection_modifyitems(items):
+    """Marks what `make sanitize` runs: every test of a room with compiled kernels, and every test over CPU levels."""
+    for item in items:
+        rooms = ("test_quant_matmul", "test_decoder_block")
+        if "level" in getattr(item, "fixturenames", ()) or item.path.stem.startswith(rooms):
+            item.add_marker("native")
+
+
 @pytest.fixture
 def native():
     """For tests of the compiled library: skips by name where none is built."""
