@@ -1,4 +1,4 @@
-"""Conversion to GGUF: bad input gives an error that names file and tensor; a disaster never leaves half a file.
+"""Conversion to GGUF: bad input gives an error that names file and tensor; disasters never leave half a file."""
 
 from __future__ import annotations
 
