@@ -25,6 +25,8 @@ benchmark: ``pytest bench/bench_quant_matmul.py``.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -108,10 +110,10 @@ def quant_matmul(
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(kind))
     chosen = backends.choose("quant_matmul", backend, device=x.device, dtype=x.dtype)
-    rows, cols = w.shape
+    rows = w.shape[0]
     if activation == "auto":
         level = _cpu_level() if chosen == "cpu" else "torch"
-        activation = auto_activation(level, x.dtype, x.numel() // cols if cols else 0)
+        activation = auto_activation(level, x.dtype, math.prod(x.shape[:-1]))
     if bias is not None:
         bias = bias.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     op = torch.ops.fastdl.quant_matmul if chosen == "cpu" else torch.ops.fastdl.quant_matmul_torch
@@ -293,7 +295,7 @@ def _register(suffix: str) -> None:
         bias = None
         if ctx.needs_input_grad[2]:
             wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
-            bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=wide)
+            bias = reference.as_matrix(grad).sum(0, dtype=wide)
         return x, None, bias, None, None, None
 
     def keep_backward(ctx, inputs, output):

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["FORMATS", "Format", "by_id", "decode_rows", "encode_rows", "find"]
+from .. import backend
+
+__all__ = ["FORMATS", "Format", "by_id", "decode_rows", "encode_rows", "encode_rows_torch", "find"]
 
 CHUNK_BYTES = 256 * 1024  # rows are coded in chunks of about this many float bytes: temporaries stay in the cache
 
@@ -49,6 +51,8 @@ class Format:
 
     def check_cols(self, cols: int, name: str = "w") -> None:
         """Raise ValueError unless rows of ``cols`` weights can be cut into blocks of this format."""
+        if cols == 0:
+            raise ValueError(f"{name}: expected at least one column (in_features), got 0")
         if cols % self.block:
             fits = [f.name for f in FORMATS.values() if cols % f.block == 0]
             raise ValueError(
@@ -182,29 +186,39 @@ def decode_rows(data: Tensor, fmt: Format, dtype: torch.dtype) -> Tensor:
 
 
 def encode_rows(w: Tensor, fmt: Format, argument: str = "w") -> Tensor:
-    """Weights [n, cols], any float dtype -> uint8 [n, row_bytes]. ValueError: NaN, infinity, out of range."""
-    if fmt.encode is None:
-        writable = ", ".join(f.name for f in FORMATS.values() if f.encode)
-        raise ValueError(f"format: {fmt.name} can be read but not written; formats that can be written: {writable}")
+    """Weights [n, cols], any float dtype -> uint8 [n, row_bytes]; native code on a CPU where it is built.
+
+    ValueError that names ``argument``: a format that cannot be written, NaN or infinity, out of the format's range.
+    """
+    largest = check_weights(w, fmt, argument)
+    if w.device.type == "cpu" and backend.native_loaded():
+        coded = torch.ops.fastdl.quant_quantize(w.to(torch.float32), fmt.ggml_id)
+    else:
+        coded = encode_rows_torch(w, fmt)
+    check_range(coded, fmt, largest, argument)
+    return coded
+
+
+def encode_rows_torch(w: Tensor, fmt: Format) -> Tensor:
+    """`encode_rows` in plain torch and unchecked: what the native code has to equal."""
     rows, cols = w.shape
-    fmt.check_cols(cols, argument)
     out = torch.empty(rows, fmt.row_bytes(cols), dtype=torch.uint8, device=w.device)
-    if not w.numel():
-        return out
-    largest = check_finite(w, argument)
     step = chunk_rows(cols)
     for start in range(0, rows, step):
         part = w[start : start + step].to(torch.float32)
-        coded = fmt.encode(part.reshape(-1, fmt.block)).reshape(part.shape[0], -1)
-        if largest > fmt.largest:
-            check_range(coded, fmt, largest, argument)
-        out[start : start + step] = coded
+        out[start : start + step] = fmt.encode(part.reshape(-1, fmt.block)).reshape(part.shape[0], -1)
     return out
 
 
-def check_finite(w: Tensor, argument: str) -> float:
-    """The largest |w|; ValueError if there is a NaN or an infinity."""
-    low, high = torch.aminmax(w.detach())
+def check_weights(w: Tensor, fmt: Format, argument: str = "w") -> float:
+    """The largest |w|. ValueError: a format that cannot be written, a width that does not divide, NaN, infinity."""
+    if fmt.encode is None:
+        writable = ", ".join(f.name for f in FORMATS.values() if f.encode)
+        raise ValueError(f"format: {fmt.name} can be read but not written; formats that can be written: {writable}")
+    fmt.check_cols(w.shape[1], argument)
+    if not w.numel():
+        return 0.0
+    low, high = torch.aminmax(w)
     largest = max(abs(float(low)), abs(float(high)))
     if not largest < float("inf"):  # NaN compares false
         count = int((~torch.isfinite(w)).sum())
@@ -212,10 +226,14 @@ def check_finite(w: Tensor, argument: str) -> float:
     return largest
 
 
-def check_range(coded: Tensor, fmt: Format, largest: float, argument: str) -> None:
-    """ValueError if encoded rows do not decode to finite numbers (a scale or value left its floating-point range)."""
-    if not torch.isfinite(decode_rows(coded, fmt, torch.float32)).all():
-        raise ValueError(
-            f"{argument}: weights up to {largest:.6g} are out of the range of {fmt.name} "
-            f"(|w| up to {fmt.largest:.6g} always fits); rescale them or choose bf16 or f32"
-        )
+def check_range(coded: Tensor, fmt: Format, largest: float, argument: str = "w") -> None:
+    """ValueError if these rows do not decode to finite numbers: a scale or a value left its floating-point range."""
+    if largest <= fmt.largest:
+        return
+    step = chunk_rows(coded.shape[1])
+    for start in range(0, coded.shape[0], step):
+        if not torch.isfinite(decode_rows(coded[start : start + step], fmt, torch.float32)).all():
+            raise ValueError(
+                f"{argument}: weights up to {largest:.6g} are out of the range of {fmt.name} "
+                f"(|w| up to {fmt.largest:.6g} always fits); rescale them or choose bf16 or f32"
+            )

@@ -51,7 +51,7 @@ def pack(gguf: Tensor, fmt: Format, cols: int) -> Tensor:
     rows = gguf.shape[0]
     count = panels(rows)
     padded = gguf.new_zeros(count * PANEL, fmt.row_bytes(cols))
-    padded[:rows] = gguf
+    padded[:rows] = _flip_q8_0(gguf) if fmt.name == "q8_0" else gguf
     rows_of_panel = padded.reshape(count, PANEL, cols // fmt.block, fmt.block_bytes)
     return _PACK[fmt.name](rows_of_panel).reshape(-1)
 
@@ -61,7 +61,15 @@ def unpack(packed: Tensor, fmt: Format, rows: int, cols: int) -> Tensor:
     count = panels(rows)
     body = packed.reshape(count, panel_bytes(fmt, cols))
     rows_of_panel = _UNPACK[fmt.name](body, cols // fmt.block)  # [panels, 16, blocks, block_bytes]
-    return rows_of_panel.reshape(count * PANEL, fmt.row_bytes(cols))[:rows].contiguous()
+    gguf = rows_of_panel.reshape(count * PANEL, fmt.row_bytes(cols))[:rows]
+    return _flip_q8_0(gguf) if fmt.name == "q8_0" else gguf.contiguous()
+
+
+def _flip_q8_0(gguf: Tensor) -> Tensor:
+    """int8 codes q <-> q + 128. Outside the panels, because the bytes of padding rows are 0, not 128."""
+    flipped = gguf.reshape(gguf.shape[0], -1, 34).clone()
+    flipped[..., 2:] ^= 0x80
+    return flipped.reshape(gguf.shape)
 
 
 def _header(blocks: int) -> int:
@@ -91,14 +99,14 @@ def _pack_q8_0(x: Tensor) -> Tensor:
     header = x.new_zeros(p, _header(b))
     header[:, : b * 32] = x[..., :2].transpose(1, 2).reshape(p, b * 32)
     codes = x[..., 2:].reshape(p, PANEL, b, 8, 4).permute(0, 2, 3, 1, 4).reshape(p, b * 512)
-    return torch.cat([header, codes ^ 0x80], dim=1)
+    return torch.cat([header, codes], dim=1)
 
 
 def _unpack_q8_0(body: Tensor, b: int) -> Tensor:
     p = body.shape[0]
     d = body[:, : b * 32].reshape(p, b, PANEL, 2).transpose(1, 2)
     codes = body[:, _header(b) :].reshape(p, b, 8, PANEL, 4).permute(0, 3, 1, 2, 4).reshape(p, PANEL, b, 32)
-    return torch.cat([d, codes ^ 0x80], dim=3)
+    return torch.cat([d, codes], dim=3)
 
 
 def _pack_q6_k(x: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ class QuantTensor:
         if data.dim() != 2:
             raise ValueError(f"data: expected 2 dimensions [rows, bytes per row], got shape {tuple(data.shape)}")
         rows, width = data.shape
-        if width % fmt.block_bytes:
+        if width == 0 or width % fmt.block_bytes:
             raise ValueError(f"data: a row of {fmt.name} is a multiple of {fmt.block_bytes} bytes, got {width}")
         fits = width // fmt.block_bytes * fmt.block
         if cols is not None and cols != fits:

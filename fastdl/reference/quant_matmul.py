@@ -8,7 +8,8 @@ a, b by activation (for a float64 x the sums are float64, else float32):
     "fp32"  a(x) = x, b(W) = W
     "bf16"  both rounded to bfloat16
     "int8"  x in blocks of 32 along k: amax = max |x|; q = rint(x * (127 / amax)), halves to even;
-            a(x) = q * (amax / 127); all in float32; b(W) = W. Formats without blocks (f16, bf16, f32): as "fp32".
+            a(x) = q * (amax / 127); all in float32; blocks with amax <= 1e-30 count as zeros; b(W) = W.
+            Formats without blocks (f16, bf16, f32): as "fp32".
 
 The weights are decoded a few rows at a time: never more than 256 KiB of them at once (one row, if a row is longer).
 Test: ``pytest tests/test_quant_matmul.py``.
@@ -16,6 +17,7 @@ Test: ``pytest tests/test_quant_matmul.py``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -24,9 +26,10 @@ from torch import Tensor
 from ..quant import panel16
 from ..quant.formats import Format, chunk_rows, decode_rows
 
-__all__ = ["decode", "quant_matmul", "quant_matmul_backward", "quant_rows", "round_activation", "weight_chunks"]
+__all__ = ["as_matrix", "quant_matmul", "quant_matmul_backward", "quant_rows", "round_activation", "weight_chunks"]
 
 INT8_BLOCK = 32
+INT8_SMALLEST = 1e-30
 
 
 def round_activation(x: Tensor, activation: str, fmt: Format) -> Tensor:
@@ -36,10 +39,11 @@ def round_activation(x: Tensor, activation: str, fmt: Format) -> Tensor:
     if activation == "int8" and fmt.block > 1 and x.numel():
         blocks = x.to(torch.float32).reshape(-1, INT8_BLOCK)
         amax = blocks.abs().amax(dim=1, keepdim=True)
-        inverse = 127.0 / amax
-        # A block of zeros, or of numbers so small (3.7e-37) that 127 / amax overflows, counts as zeros.
-        codes = torch.where(inverse.isinf(), torch.zeros_like(blocks), blocks * inverse).round()
-        return (codes.to(x.dtype) * (amax / 127.0).to(x.dtype)).reshape(x.shape)
+        amax = torch.where(amax <= INT8_SMALLEST, torch.zeros_like(amax), amax)  # else 127 / amax overflows; NaN stays
+        full = torch.full_like(amax, 127.0)  # a tensor: 127.0 / amax would round twice, amax / 127.0 too on CUDA
+        inverse = torch.where(amax == 0, torch.zeros_like(amax), full / amax)
+        codes = (blocks * inverse).round()
+        return (codes.to(x.dtype) * (amax / full).to(x.dtype)).reshape(x.shape)
     return x
 
 
@@ -60,6 +64,11 @@ def weight_chunks(data: Tensor, fmt: Format, rows: int, cols: int, dtype: torch.
             yield first + start, decode_rows(gguf[start : start + step], fmt, dtype)
 
 
+def as_matrix(x: Tensor) -> Tensor:
+    """x [..., n] -> [product of the rest, n], also where a size is 0."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
 def _work_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -68,7 +77,7 @@ def quant_matmul(x: Tensor, data: Tensor, bias: Tensor | None, fmt: Format, rows
     """x [..., cols] -> y [..., rows] in x's dtype."""
     cols = x.shape[-1]
     dtype = _work_dtype(x)
-    flat = round_activation(x.reshape(-1, cols).to(dtype), activation, fmt)
+    flat = round_activation(as_matrix(x).to(dtype), activation, fmt)
     y = torch.empty(flat.shape[0], rows, dtype=x.dtype, device=x.device)
     with torch.autocast(x.device.type, enabled=False):
         for start, w in weight_chunks(data, fmt, rows, cols, dtype):
@@ -84,7 +93,7 @@ def quant_matmul_backward(grad: Tensor, data: Tensor, fmt: Format, cols: int) ->
     """dL/dy [..., rows] -> dL/dx [..., cols] in grad's dtype, summed in float32 (float64)."""
     rows = grad.shape[-1]
     dtype = _work_dtype(grad)
-    flat = grad.reshape(-1, rows).to(dtype)
+    flat = as_matrix(grad).to(dtype)
     gx = torch.zeros(flat.shape[0], cols, dtype=dtype, device=grad.device)
     with torch.autocast(grad.device.type, enabled=False):
         for start, w in weight_chunks(data, fmt, rows, cols, dtype):
@@ -115,8 +124,3 @@ def _gguf_rows(data: Tensor, ids: Tensor, fmt: Format, cols: int) -> Tensor:
     n = ids.shape[0]
     gguf = panel16.unpack(panels.reshape(-1), fmt, n * panel16.PANEL, cols)
     return gguf.reshape(n, panel16.PANEL, -1)[torch.arange(n, device=ids.device), ids % panel16.PANEL]
-
-
-def decode(data: Tensor, fmt: Format, rows: int, cols: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """W [rows, cols], all at once."""
-    return quant_rows(data, None, fmt, rows, cols, dtype)
