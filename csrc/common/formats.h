@@ -26,6 +26,9 @@ static inline bool format_known(int f) {
          f == FORMAT_BF16;
 }
 
+// Integer codes, so that products with 8-bit activations exist.
+static inline bool format_has_int8(int f) { return f == FORMAT_Q4_1 || f == FORMAT_Q8_0 || f == FORMAT_Q6_K; }
+
 // The number of columns must divide by this.
 static inline int64_t format_block(int f) {
   return f == FORMAT_Q6_K ? 256 : f == FORMAT_Q4_1 || f == FORMAT_Q8_0 ? 32 : 1;

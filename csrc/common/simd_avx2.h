@@ -23,6 +23,8 @@ FASTDL_INLINE vf vdiv(vf a, vf b) { return _mm256_div_ps(a, b); }
 FASTDL_INLINE vf vmax(vf a, vf b) { return _mm256_max_ps(a, b); }
 FASTDL_INLINE vf vmin(vf a, vf b) { return _mm256_min_ps(a, b); }
 FASTDL_INLINE vf vabs(vf a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+// where a <= b, x; else y
+FASTDL_INLINE vf vselect_le(vf a, vf b, vf x, vf y) { return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LE_OQ)); }
 FASTDL_INLINE float vsum(vf a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));

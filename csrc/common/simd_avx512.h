@@ -23,6 +23,10 @@ FASTDL_INLINE vf vdiv(vf a, vf b) { return _mm512_div_ps(a, b); }
 FASTDL_INLINE vf vmax(vf a, vf b) { return _mm512_max_ps(a, b); }
 FASTDL_INLINE vf vmin(vf a, vf b) { return _mm512_min_ps(a, b); }
 FASTDL_INLINE vf vabs(vf a) { return _mm512_abs_ps(a); }
+// where a <= b, x; else y
+FASTDL_INLINE vf vselect_le(vf a, vf b, vf x, vf y) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LE_OQ), y, x);
+}
 FASTDL_INLINE float vsum(vf a) { return _mm512_reduce_add_ps(a); }
 FASTDL_INLINE float vhmax(vf a) { return _mm512_reduce_max_ps(a); }
 FASTDL_INLINE vf vcvt(vi a) { return _mm512_cvtepi32_ps(a); }

@@ -32,6 +32,8 @@ FASTDL_INLINE vf vdiv(vf a, vf b) { return a / b; }
 FASTDL_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
 FASTDL_INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
 FASTDL_INLINE vf vabs(vf a) { return (vf)((vi)a & 0x7fffffff); }
+// where a <= b, x; else y
+FASTDL_INLINE vf vselect_le(vf a, vf b, vf x, vf y) { return a <= b ? x : y; }
 FASTDL_INLINE float vsum(vf a) {
   float s[LANES];
   vstore(s, a);

@@ -1,7 +1,7 @@
 // AMX tiles behind named functions, with a twin in plain C so that the AMX path runs (slowly) where there is no AMX.
 //
-// A tile is 16 rows of 64 bytes. Tiles 0-3 accumulate, 4 and 5 hold the operands. The instructions take the tile's
-// number as an immediate, hence the template arguments.
+// A tile is 16 rows of 64 bytes. Tiles 0-3 accumulate, 4 and 5 hold the operands. gcc pastes the tile's number into the
+// instruction's text, so it has to be a literal: these are macros.
 #pragma once
 
 #include "common/simd.h"
@@ -18,24 +18,14 @@ namespace {
 static thread_local uint8_t twin_tiles[8][16][64];
 FASTDL_INLINE void tiles_begin() {}
 FASTDL_INLINE void tiles_end() {}
-template <int C>
-FASTDL_INLINE void tile_zero() {
-  memset(twin_tiles[C], 0, sizeof twin_tiles[C]);
-}
-template <int C>
-FASTDL_INLINE void tile_load(const void* p) {  // 16 rows, 64 bytes apart
-  memcpy(twin_tiles[C], p, sizeof twin_tiles[C]);
-}
-template <int C>
-FASTDL_INLINE void tile_store(void* p) {
-  memcpy(p, twin_tiles[C], sizeof twin_tiles[C]);
-}
-// C f32[m][n] += sum_k A bf16[m][k] * B bf16[k / 2][n][k % 2], k < 32
-template <int C, int A, int B>
-FASTDL_INLINE void tile_dot_bf16() {
-  float* c = (float*)twin_tiles[C];
-  const uint16_t* a = (const uint16_t*)twin_tiles[A];
-  const uint16_t* b = (const uint16_t*)twin_tiles[B];
+#define TILE_ZERO(c) memset(twin_tiles[c], 0, sizeof twin_tiles[c])
+#define TILE_LOAD(c, p) memcpy(twin_tiles[c], p, sizeof twin_tiles[c])
+#define TILE_STORE(c, p) memcpy(p, twin_tiles[c], sizeof twin_tiles[c])
+#define TILE_DOT_BF16(c, a, b) twin_dot_bf16(twin_tiles[c], twin_tiles[a], twin_tiles[b])
+inline void twin_dot_bf16(void* c_, const void* a_, const void* b_) {
+  float* c = (float*)c_;
+  const uint16_t* a = (const uint16_t*)a_;
+  const uint16_t* b = (const uint16_t*)b_;
   for (int m = 0; m < 16; ++m)
     for (int k = 0; k < 32; ++k)
       for (int n = 0; n < 16; ++n)
@@ -59,22 +49,12 @@ FASTDL_INLINE void tiles_begin() {
   _tile_loadconfig(&config);
 }
 FASTDL_INLINE void tiles_end() { _tile_release(); }
-template <int C>
-FASTDL_INLINE void tile_zero() {
-  _tile_zero(C);
-}
-template <int C>
-FASTDL_INLINE void tile_load(const void* p) {
-  _tile_loadd(C, p, 64);
-}
-template <int C>
-FASTDL_INLINE void tile_store(void* p) {
-  _tile_stored(C, p, 64);
-}
-template <int C, int A, int B>
-FASTDL_INLINE void tile_dot_bf16() {
-  _tile_dpbf16ps(C, A, B);
-}
+// 16 rows, 64 bytes apart
+#define TILE_ZERO(c) _tile_zero(c)
+#define TILE_LOAD(c, p) _tile_loadd(c, p, 64)
+#define TILE_STORE(c, p) _tile_stored(c, p, 64)
+// C f32[m][n] += sum_k A bf16[m][k] * B bf16[k / 2][n][k % 2], k < 32
+#define TILE_DOT_BF16(c, a, b) _tile_dpbf16ps(c, a, b)
 
 #endif
 

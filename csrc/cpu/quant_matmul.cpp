@@ -41,8 +41,7 @@ Tensor quant_matmul(const Tensor& x_, const Tensor& packed, const std::optional<
   MatmulArgs args{};
   args.w = checked_panels(packed, format, rows, cols);
   check(activation >= PRECISION_FP32 && activation <= PRECISION_INT8, "activation: unknown number");
-  const bool integers = format == FORMAT_Q4_1 || format == FORMAT_Q8_0 || format == FORMAT_Q6_K;
-  args.precision = activation == PRECISION_INT8 && !integers ? PRECISION_FP32 : (int)activation;
+  args.precision = activation == PRECISION_INT8 && !format_has_int8(format) ? PRECISION_FP32 : (int)activation;
   if (bias) {
     check(bias->scalar_type() == ScalarType::Float && bias->is_contiguous() && bias->numel() == rows && bias->is_cpu(),
           "bias: expected a contiguous float32 CPU tensor with one value a row");

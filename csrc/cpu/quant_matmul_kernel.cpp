@@ -260,18 +260,18 @@ void stream_tiles(const uint8_t* panel, int64_t cols, int64_t blocks, const Bf16
   if (left > 2) { op(2) } \
   if (left > 3) { op(3) }
 #define FASTDL_OPEN(i) \
-  if (first) tile_load<i>(sums + i * 256); \
-  else tile_zero<i>();
+  if (first) TILE_LOAD(i, sums + i * 256); \
+  else TILE_ZERO(i);
       FASTDL_TILES(FASTDL_OPEN)
       for (int64_t b = 0; b < count; ++b) {
         const Bf16::Entry* a = acts + (first + b) * tokens + t;
-        tile_load<5>(weights + b * 512);
+        TILE_LOAD(5, weights + b * 512);
 #define FASTDL_STEP(i) \
-  tile_load<4>(a + i * 16); \
-  tile_dot_bf16<i, 4, 5>();
+  TILE_LOAD(4, a + i * 16); \
+  TILE_DOT_BF16(i, 4, 5);
         FASTDL_TILES(FASTDL_STEP)
       }
-#define FASTDL_CLOSE(i) tile_store<i>(sums + i * 256);
+#define FASTDL_CLOSE(i) TILE_STORE(i, sums + i * 256);
       FASTDL_TILES(FASTDL_CLOSE)
 #undef FASTDL_TILES
 #undef FASTDL_OPEN
