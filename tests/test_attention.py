@@ -1,4 +1,4 @@
-"""Room attention: against torch's scaled_dot_product_attention, its backward formula against autograd, and bad input."""
+"""Room attention: against scaled_dot_product_attention, its backward formula against autograd, and bad input."""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ Test: pytest tests/test_llm.py
 
 from __future__ import annotations
 
-import math
 import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from .. import ops
 from . import cache as cache_file
+from . import score
 from .cache import KVCache
 from .chat_template import render
 from .config import ModelConfig
@@ -30,7 +30,6 @@ from .weights import LoadReport, Weights
 PREFILL_CHUNK = (
     256  # tokens of a prompt computed at once: enough for the matrix units, and 5 MB of activations in the demo model
 )
-HEAD_CHUNK = 64  # rows of logits at once in perplexity: 12 MB at 49,152 words
 CHAT_TEMPLATE = "tokenizer.chat_template"
 
 
@@ -113,7 +112,7 @@ class LM:
     @torch.inference_mode()
     def prefill(self, ids: Sequence[int], cache: KVCache) -> Tensor:
         """Add tokens to the cache, PREFILL_CHUNK at a time; logits float32 [vocab] behind the last one."""
-        with self._threads():
+        with self.thread_limit():
             for start in range(0, len(ids), PREFILL_CHUNK):
                 x = self.hidden(ids[start : start + PREFILL_CHUNK], cache)
             return self.head(x[-1:])[0]
@@ -131,7 +130,7 @@ class LM:
         ids = self._checked(ids)
         out = torch.empty(len(ids), self.config.vocab)
         cache = KVCache(self.config, self.context)
-        with torch.inference_mode(), self._threads():
+        with torch.inference_mode(), self.thread_limit():
             self.reserve(cache, len(ids))
             for start in range(0, len(ids), PREFILL_CHUNK):
                 chunk = ids[start : start + PREFILL_CHUNK]
@@ -147,39 +146,7 @@ class LM:
 
         >>> lm.perplexity("The quick brown fox jumps over the lazy dog.")            # doctest: +SKIP
         """
-        ids = self.tokenizer.encode(text)
-        bos = [self.tokenizer.bos_id] if self.tokenizer.add_bos else []
-        window = min(self.context, 2048) if window is None else window
-        if not len(bos) + 2 <= window <= self.context:
-            raise ValueError(f"window: expected {len(bos) + 2} to {self.context} tokens, got {window}")
-        if len(ids) + len(bos) < 2:
-            raise ValueError(f"text: expected at least 2 tokens, got {len(ids)}")
-        size = window - len(bos)
-        total, scored = 0.0, 0 if bos else 1  # without BOS nothing predicts the first token
-        first = scored
-        with torch.inference_mode(), self._threads(), _bar(len(ids), progress) as advance:
-            start = 0
-            while scored < len(ids):
-                part = ids[start : start + size]
-                total += self._nll(bos + part, scored - start + len(bos))
-                advance(start + len(part) - scored)
-                scored = start + len(part)
-                start += size - size // 2
-        return math.exp(min(total / (len(ids) - first), 700.0))
-
-    def _nll(self, ids: list[int], first: int) -> float:
-        """Negative log-likelihood of ids[first:], given all before each."""
-        cache = KVCache(self.config, self.context)
-        self.reserve(cache, len(ids))
-        total = 0.0
-        for start in range(0, len(ids) - 1, PREFILL_CHUNK):
-            chunk = ids[start : min(start + PREFILL_CHUNK, len(ids) - 1)]
-            x = self.hidden(chunk, cache)
-            for row in range(max(first - 1 - start, 0), len(chunk), HEAD_CHUNK):
-                logits = self.head(x[row : row + HEAD_CHUNK])
-                wanted = torch.tensor(ids[start + row + 1 : start + row + 1 + logits.shape[0]])
-                total -= float(logits.log_softmax(-1).gather(1, wanted[:, None]).double().sum())
-        return total
+        return score.perplexity(self, text, window=window, progress=progress)
 
     # ---- text --------------------------------------------------------------------------------------------------
 
@@ -348,7 +315,7 @@ class LM:
         return values
 
     @contextmanager
-    def _threads(self) -> Iterator[None]:
+    def thread_limit(self) -> Iterator[None]:
         """torch's number of threads (it is global) set to this model's for the time of a call."""
         before = torch.get_num_threads()
         if self.threads is None or self.threads == before:
@@ -359,16 +326,3 @@ class LM:
             yield
         finally:
             torch.set_num_threads(before)
-
-
-@contextmanager
-def _bar(total: int, show: bool) -> Iterator:
-    if not show:
-        yield lambda done: None
-        return
-    import sys
-
-    from tqdm import tqdm
-
-    with tqdm(total=total, unit=" tokens", file=sys.stderr, leave=False) as bar:
-        yield bar.update
