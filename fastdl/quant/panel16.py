@@ -49,6 +49,8 @@ def panel_bytes(fmt: Format, cols: int) -> int:
 def pack(gguf: Tensor, fmt: Format, cols: int) -> Tensor:
     """GGUF bytes, uint8 [rows, row_bytes] -> uint8 [packed_bytes]."""
     rows = gguf.shape[0]
+    if rows == 0:
+        return gguf.new_empty(0)
     count = panels(rows)
     padded = gguf.new_zeros(count * PANEL, fmt.row_bytes(cols))
     padded[:rows] = _flip_q8_0(gguf) if fmt.name == "q8_0" else gguf
@@ -58,6 +60,8 @@ def pack(gguf: Tensor, fmt: Format, cols: int) -> Tensor:
 
 def unpack(packed: Tensor, fmt: Format, rows: int, cols: int) -> Tensor:
     """uint8 [packed_bytes] -> GGUF bytes, uint8 [rows, row_bytes]: the exact inverse of `pack`."""
+    if rows == 0:
+        return packed.new_empty(0, fmt.row_bytes(cols))
     count = panels(rows)
     body = packed.reshape(count, panel_bytes(fmt, cols))
     rows_of_panel = _UNPACK[fmt.name](body, cols // fmt.block)  # [panels, 16, blocks, block_bytes]
