@@ -1,4 +1,4 @@
-"""2,600 mutated headers: each is a ModelFileError or a model that works; no crash, no 5 s, no 2 GB (fuzz_gguf.py)."""
+"""2,130 mutated headers: each is a ModelFileError or a model that works; no crash, no 5 s, no 2 GB (fuzz_gguf.py)."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def fuzz(model: str, folder: Path, seed: int, count: int, depth: str) -> None:
 @pytest.mark.parametrize("seed", [1])
 @pytest.mark.parametrize("name", MODELS)
 def test_mutated_headers(tmp_path, name, seed):
-    fuzz(write_tiny_model(tmp_path / "tiny.gguf", **MODELS[name]), tmp_path, seed, 600, "full")
+    fuzz(write_tiny_model(tmp_path / "tiny.gguf", **MODELS[name]), tmp_path, seed, 520, "full")
 
 
 def test_mutated_header_of_the_demo_model(tmp_path):
-    fuzz(demo_model_path(), tmp_path, 1, 200, "header")
+    fuzz(demo_model_path(), tmp_path, 1, 50, "header")

@@ -106,13 +106,37 @@ def test_odd_vocabularies(tmp_path):
     assert all(index < 8 for index in tokenizer.encode("aé世 <s>", add_special=True))
 
 
+@pytest.mark.parametrize(
+    ("tokens", "types", "merges", "match"),
+    [
+        (["a"] * (2**19 + 1), None, None, "expected 1 to 524288 tokens of at most 65536 bytes, got 524289"),
+        (["a" * 65_537], None, None, "got 1 of at most 65537"),
+        (["a", "aa"] + ["b"] * 65537, [1, 1] + [CONTROL] * 65537, None, "65537 control and user-defined tokens"),
+        (["a", "aa"], None, ["a a"] * (2**20 + 1), "merges: expected at most 1048576 merges"),
+    ],
+    ids=["tokens", "token length", "special tokens", "merges"],
+)
+def test_absurd_sizes(tmp_path, tokens, types, merges, match):
+    writer = gguf.GGUFWriter(tmp_path / "absurd.gguf", "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    if types:
+        writer.add_token_types(types)
+    writer.add_token_merges(merges or ["a a"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(ModelFileError, match=match):
+        Tokenizer.from_gguf(open_gguf(tmp_path / "absurd.gguf").metadata)
+
+
 def test_absurdly_long_piece(tmp_path):
     writer = gguf.GGUFWriter(tmp_path / "long.gguf", "llama")
     writer.add_tokenizer_model("llama")
-    writer.add_token_list(["<unk>", "<s>", "</s>", "a" * 100_000])
+    writer.add_token_list(["<unk>", "<s>", "</s>", "a" * 30_000])
     writer.add_token_scores([0.0] * 4)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    with pytest.raises(ModelFileError, match=r"absurdly long pieces \(up to 100000 characters\)"):
+    with pytest.raises(ModelFileError, match=r"absurdly long pieces \(up to 30000 characters\)"):
         Tokenizer.from_gguf(open_gguf(tmp_path / "long.gguf").metadata)

@@ -120,8 +120,9 @@ class GGUFFile:
         raw = self.tensor_bytes(name)[start:stop]
         result = np.empty((len(raw), info.cols), np.float32)
         step = max(1, DECODE_BYTES // (4 * info.cols))
-        for first in range(0, len(raw), step):
-            result[first : first + step] = self._decode_rows(info, raw[first : first + step])
+        with np.errstate(all="ignore"):  # damaged scales give infinities, which the caller looks for
+            for first in range(0, len(raw), step):
+                result[first : first + step] = self._decode_rows(info, raw[first : first + step])
         return result.reshape(info.shape) if whole else result
 
     def _decode_rows(self, info: TensorInfo, rows: np.ndarray) -> np.ndarray:

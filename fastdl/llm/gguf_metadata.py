@@ -151,6 +151,10 @@ class StringArray(Sequence):
     def __len__(self) -> int:
         return len(self._starts) - 1
 
+    def longest(self) -> int:
+        """Bytes of the longest string."""
+        return int(np.diff(np.frombuffer(self._starts, np.uint64)).max(initial=8)) - 8
+
     def raw(self, index: int) -> bytes:
         """The undecoded bytes of one string."""
         if not 0 <= index < len(self):

@@ -21,6 +21,8 @@ from .gguf_metadata import Metadata, ModelFileError, StringArray
 from .tokenizer_spm import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, USER_DEFINED
 
 KINDS = ("gpt2", "llama")
+# Twice what real files have, and more; they bound the time and memory that a hostile vocabulary can ask for.
+MAX_TOKENS, MAX_SPECIAL, MAX_TOKEN_BYTES = 1 << 19, 1 << 16, 1 << 16
 # Tokens that end a turn or a text, by name: files often name only one of them in `eos_token_id`.
 END_NAMES = (
     *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|endoftext|>", "<|eom_id|>", "<|end_of_text|>"),
@@ -48,8 +50,11 @@ class Tokenizer:
             )
         self._tokens = metadata.value("tokenizer.ggml.tokens", StringArray)
         self.vocab_size = len(self._tokens)
-        if not self.vocab_size:
-            raise ModelFileError(f"{metadata.source}: tokenizer.ggml.tokens: the vocabulary is empty")
+        if not 1 <= self.vocab_size <= MAX_TOKENS or self._tokens.longest() > MAX_TOKEN_BYTES:
+            raise ModelFileError(
+                f"{metadata.source}: tokenizer.ggml.tokens: expected 1 to {MAX_TOKENS} tokens of at most "
+                f"{MAX_TOKEN_BYTES} bytes, got {self.vocab_size} of at most {self._tokens.longest()}"
+            )
         self._types = _token_types(metadata, self.vocab_size)
         self._pre = tokenizer_bpe.pre_tokenizer_name(metadata, pre) if self.kind == "gpt2" else None
 
@@ -115,6 +120,11 @@ class Tokenizer:
         special += [index for index in named if not special_types[index] and tokens[index]]
         user_defined = [index for index in np.flatnonzero(self._types == USER_DEFINED).tolist() if tokens[index]]
         self._special = frozenset(special)
+        count = len(special) + len(user_defined)
+        if count > MAX_SPECIAL:
+            raise ModelFileError(
+                f"{source}: tokenizer.ggml.token_type: {count} control and user-defined tokens, at most {MAX_SPECIAL}"
+            )
         try:
             if self.kind == "gpt2":
                 encoder = tokenizer_bpe.build(self._metadata, vocabulary, self._pre)

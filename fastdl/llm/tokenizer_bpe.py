@@ -85,6 +85,8 @@ WHOLE_TOKENS_FIRST = frozenset(
 # These start a text with BOS unless the file says otherwise.
 BOS_BY_DEFAULT = WHOLE_TOKENS_FIRST - {"glm4"}
 
+MAX_MERGES = 1 << 20  # real files have up to 500,000
+
 
 def byte_characters() -> dict[str, int]:
     """GPT-2's table: printable character -> byte. 188 bytes stand for themselves, the others for U+0100 and up."""
@@ -120,9 +122,14 @@ def build(metadata: Metadata, vocabulary: dict[str, int], pre: str):
 
 def _merges(metadata: Metadata, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
     """The merges as pairs that share the vocabulary's own strings, which halves the peak memory of the construction."""
+    merges = metadata.value("tokenizer.ggml.merges", StringArray)
+    if len(merges) > MAX_MERGES:
+        raise ModelFileError(
+            f"{metadata.source}: tokenizer.ggml.merges: expected at most {MAX_MERGES} merges, got {len(merges)}"
+        )
     own = dict(zip(vocabulary, vocabulary, strict=True))
     pairs = []
-    for index, merge in enumerate(metadata.value("tokenizer.ggml.merges", StringArray)):
+    for index, merge in enumerate(merges):
         space = merge.find(" ", 1)
         left, right = own.get(merge[:space]), own.get(merge[space + 1 :])
         if space < 1 or left is None or right is None or left + right not in own:

@@ -16,7 +16,7 @@ from .gguf_metadata import Metadata, ModelFileError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 SPACE = "\u2581"
-MAX_SPLIT_WORK = 1 << 28  # sum of squared piece lengths; llama 2 has 1.4 million
+MAX_SPLIT_WORK = 1 << 26  # sum of squared piece lengths; llama 2 has 1.4 million
 
 
 def build(metadata: Metadata, tokens: list[str], vocabulary: dict[str, int], types, unknown_id: int | None):
