@@ -108,8 +108,12 @@ class Tokenizer:
 
     def _build_encoder(self) -> None:
         """The Rust encoder, the ids of its special tokens and `eog_ids`. No Python copy of the vocabulary is kept."""
-        from tokenizers import AddedToken
-
+        try:
+            from tokenizers import AddedToken
+        except ImportError as error:
+            raise ImportError(
+                f"encoding text needs the tokenizers package: pip install tokenizers ({error})"
+            ) from error
         source = self._metadata.source
         tokens = self._tokens.tolist()
         vocabulary = {token: index for index, token in enumerate(tokens)}
