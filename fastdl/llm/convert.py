@@ -222,8 +222,8 @@ def _write(source: Source, plan: list[TensorReport], part: Path, dst: Any, file_
                 for data, weights in _encoded(source.path, tensor, item):
                     out.write(data)
                     bar.update(weights)
+                    tensor.release()  # mapped pages; so peak memory does not depend on the size of the largest tensor
                 _pad(out, alignment)
-                tensor.release()
     except OSError as error:
         raise OSError(
             error.errno, f"writing {dst} failed: {error.strerror or error}; no file was left behind"

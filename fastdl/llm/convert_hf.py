@@ -31,7 +31,7 @@ _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq$")  # computed from the configu
 class FolderTensor:
     """One tensor of a safetensors file (convert.SourceTensor).
 
-    The file is opened anew for each tensor: closing it gives the mapped pages back, so that memory in use stays small.
+    The file is opened anew after each `release`: closing it gives the mapped pages back, so memory in use stays small.
     """
 
     name: str

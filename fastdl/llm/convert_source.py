@@ -30,7 +30,7 @@ class SourceTensor(Protocol):
         """The same rows' bytes in the tensor's own type, or None if they cannot be copied as they are."""
 
     def release(self) -> None:
-        """Gives memory back after the last row."""
+        """Gives back the memory that the rows read so far take; more rows may be read."""
 
 
 @dataclass
