@@ -219,11 +219,11 @@ def test_hf_metadata(tmp_path):
     assert values["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-6)
 
 
-@pytest.mark.parametrize("source_type", ["F32", "F16", "BF16", "Q8_0", "Q4_1", "Q4_0", "Q5_1", "Q6_K"])
+@pytest.mark.parametrize("source_type", ["F32", "F16", "BF16", "Q8_0", "Q4_1", "Q4_0", "Q5_1", "Q6_K", "Q4_K"])
 @pytest.mark.parametrize("kind", FILE_TYPES)
 def test_gguf_types(tmp_path, source_type, kind):
     """Every tensor is the source's own bytes, or gguf-py's decoding of them encoded by gguf-py."""
-    sizes = {"width": 256, "ff": 256, "layers": 1} if source_type == "Q6_K" else {}
+    sizes = {"width": 256, "ff": 256, "layers": 1} if source_type.endswith("K") else {}
     source = write_tiny_model(tmp_path / "source.gguf", quant=source_type, tied=False, **sizes)
     report = quantize_file(source, tmp_path / "out.gguf", kind, progress=False)
     before, after = raw_tensors(source), raw_tensors(tmp_path / "out.gguf")
@@ -236,15 +236,23 @@ def test_gguf_types(tmp_path, source_type, kind):
             ggml = gguf.GGMLQuantizationType[old.upper()]
             values = np.asarray(gguf.quants.dequantize(data, ggml), np.float32)
             wanted = oracle_bytes(values, new)
-            if source_type == "Q6_K":  # zeros with a sign: gguf-py's minimum of -0.0 and 0.0 is not always ggml's
+            if (
+                old.startswith("q4_") and new == "q4_1"
+            ):  # the codes are kept: no loss, or the rounding of a scale to fp16
+                recoded = gguf.quants.dequantize(result, gguf.GGMLQuantizationType.Q4_1)
+                atol = 0 if old == "q4_0" else 2e-3 * np.abs(values).max()
+                np.testing.assert_allclose(recoded, values, rtol=0, atol=atol, err_msg=name)
+                continue
+            if source_type.endswith("K"):  # zeros with a sign: gguf-py's minimum of -0.0 and 0.0 is not always ggml's
                 ggml = gguf.GGMLQuantizationType[new.upper()]
                 result, wanted = gguf.quants.dequantize(result, ggml), gguf.quants.dequantize(wanted, ggml)
             np.testing.assert_array_equal(result, wanted, err_msg=name)
     output = after["output.weight"][0]
     wanted = {"q4_1": "q6_k" if source_type == "Q6_K" else "q8_0"}.get(kind, kind)
     assert output == wanted and after["blk.0.attn_q.weight"][0] == kind and after["output_norm.weight"][0] == "f32"
-    twice = source_type[0] == "Q" and source_type.lower() != kind
-    assert ("already quantized" in str(report)) == twice
+    kept = source_type in ("Q4_0", "Q4_K") and kind == "q4_1"
+    twice = source_type[0] == "Q" and source_type.lower() != kind and not kept
+    assert ("already quantized" in str(report)) == twice and ("its codes are kept" in str(report)) == kept
 
 
 def test_gguf_metadata_is_kept(tmp_path):

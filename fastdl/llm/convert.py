@@ -43,6 +43,7 @@ from fastdl.quant.formats import FORMATS, encode_rows
 __all__ = ["FILE_TYPES", "ConvertReport", "TensorReport", "quantize_file"]
 
 FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q4_1": 3}  # type -> GGUF's general.file_type
+FLOATS = ("f32", "f16", "bf16")
 CHUNK_WEIGHTS = 1 << 22  # weights in one chunk: 16 MB as float32
 QUANTIZATION_VERSION = 2  # ggml's, the value of general.quantization_version
 
@@ -181,12 +182,16 @@ def _plan(source: Source, type: str) -> list[TensorReport]:
     plan = []
     for tensor in source.tensors:
         kind, note = _target(tensor, type, tensor.name == output)
-        copied = kind == tensor.type and tensor.raw(0, 0) is not None
-        if not copied and not note and tensor.type not in ("f32", "f16", "bf16", "f64"):
+        direct = tensor.raw(0, 0, kind) is not None
+        if direct and kind != tensor.type:
+            note = f"was {tensor.type}: its codes are kept"
+        elif not direct and not note and tensor.type not in (*FLOATS, "f64"):
             note = f"was {tensor.type}, already quantized: decoded and encoded again"
         size = torch.Size(tensor.shape).numel()
         nbytes = size // FORMATS[kind].block * FORMATS[kind].block_bytes
-        plan.append(TensorReport(tensor.name, tensor.shape, tensor.type, kind, nbytes, copied, note))
+        plan.append(
+            TensorReport(tensor.name, tensor.shape, tensor.type, kind, nbytes, direct and kind == tensor.type, note)
+        )
     return plan
 
 
@@ -272,9 +277,8 @@ def _encoded(path: Path, tensor: SourceTensor, item: TensorReport) -> Iterator[t
     step = max(1, CHUNK_WEIGHTS // cols // tensor.row_multiple) * tensor.row_multiple
     for start in range(0, rows, step):
         stop = min(rows, start + step)
-        if item.copied and tensor.type not in ("f32", "f16", "bf16"):
-            data = tensor.raw(start, stop)
-        else:  # float types pass through the encoder even when nothing changes: it looks for NaN
+        data = None if tensor.type in FLOATS else tensor.raw(start, stop, item.type)
+        if data is None:  # float types pass through the encoder even when nothing changes: it looks for NaN
             try:
                 data = _encode(tensor.rows(start, stop), item.type)
             except ValueError as error:

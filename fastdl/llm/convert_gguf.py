@@ -18,8 +18,11 @@ from fastdl.llm.config import check_tensors, read_config
 from fastdl.llm.convert_source import Source
 from fastdl.llm.gguf import GGUFFile, ModelFileError, StringArray, TensorInfo, open_gguf
 from fastdl.llm.gguf_metadata import ARRAY, Cursor
+from fastdl.llm.requantize import q4_0_to_q4_1, q4_k_to_q4_1
 from fastdl.quant.formats import FORMATS, decode_rows
 
+# 4-bit types whose codes q4_1 can take over as they are
+_RECODED = {("q4_0", "q4_1"): q4_0_to_q4_1, ("q4_k", "q4_1"): q4_k_to_q4_1}
 _FIRST_KEY = 24  # magic, version, two counts
 
 
@@ -32,8 +35,12 @@ class GGUFTensor:
         self._file = file
         self.name, self.shape, self.type = info.name, info.shape, info.type_name.lower()
 
-    def raw(self, start: int, stop: int) -> memoryview:
-        return memoryview(self._file.tensor_bytes(self.name)[start:stop]).cast("B") if stop > start else memoryview(b"")
+    def raw(self, start: int, stop: int, kind: str) -> memoryview | None:
+        recode = _RECODED.get((self.type, kind))
+        if kind != self.type and recode is None:
+            return None
+        data = self._file.tensor_bytes(self.name)[start:stop]
+        return memoryview(recode(data) if recode else data).cast("B") if len(data) else memoryview(b"")
 
     def rows(self, start: int, stop: int) -> Tensor:
         if self.type in FORMATS:

@@ -54,7 +54,7 @@ class FolderTensor:
             part = part.reshape(-1, 2, self.row_multiple // 2, part.shape[1]).transpose(1, 2).reshape(part.shape)
         return part
 
-    def raw(self, start: int, stop: int) -> memoryview | None:
+    def raw(self, start: int, stop: int, kind: str) -> memoryview | None:
         return None
 
     def release(self) -> None:
@@ -77,7 +77,7 @@ class ComputedTensor:
     def rows(self, start: int, stop: int) -> Tensor:
         return self.values[None]
 
-    def raw(self, start: int, stop: int) -> memoryview | None:
+    def raw(self, start: int, stop: int, kind: str) -> memoryview | None:
         return None
 
     def release(self) -> None:

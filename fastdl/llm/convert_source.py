@@ -26,8 +26,8 @@ class SourceTensor(Protocol):
     def rows(self, start: int, stop: int) -> Tensor:
         """float32 [stop - start, cols]; a vector is one row."""
 
-    def raw(self, start: int, stop: int) -> memoryview | None:
-        """The same rows' bytes in the tensor's own type, or None if they cannot be copied as they are."""
+    def raw(self, start: int, stop: int, kind: str) -> memoryview | None:
+        """The same rows' bytes in the type ``kind`` if that takes no encoding, else None."""
 
     def release(self) -> None:
         """Gives back the memory that the rows read so far take; more rows may be read."""
