@@ -1,8 +1,8 @@
 """The contract test of an op, for ours and for a stranger's: `check`, and the rule of its tolerances.
 
 The rule (`assert_accurate`): the largest error against float64 may be at most twice that of PyTorch's own op in the
-same dtype, plus a small floor (4 units in the last place of the largest number). NaN never passes: outputs are allocated
-full of NaN (`poisoned`), so an element that no kernel wrote is seen.
+same dtype, plus a small floor (4 units in the last place of the largest number). NaN never passes: outputs are
+allocated full of NaN (`poisoned`), so an element that no kernel wrote is seen.
 
 Test: ``pytest tests/test_testing.py``.
 """

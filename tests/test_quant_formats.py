@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_weights import random_gguf
 
 from fastdl import backend, ops
 from fastdl.quant import FORMATS, QuantTensor, panel16
@@ -29,16 +30,6 @@ def oracle_encode(w: torch.Tensor, name: str) -> np.ndarray:
 
 def oracle_decode(data: torch.Tensor, name: str) -> np.ndarray:
     return gguf.quants.dequantize(data.numpy(), gguf.GGMLQuantizationType[name.upper()])
-
-
-def random_gguf(name: str, rows: int, cols: int) -> torch.Tensor:
-    """GGUF bytes with every code possible and finite scales."""
-    if name != "q6_k":
-        return ops.quantize(torch.randn(rows, cols), name).to_gguf()
-    data = torch.randint(0, 256, (rows, FORMATS[name].row_bytes(cols)), dtype=torch.uint8)
-    scales = (torch.randn(rows, cols // 256, 1) / 500).half()
-    data.view(rows, -1, 210)[..., 208:] = scales.view(torch.uint8).view(rows, -1, 2)
-    return data
 
 
 @st.composite
