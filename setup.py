@@ -99,7 +99,13 @@ class CMakeBuild(build_ext):
         cmake = find_tool("cmake")
         # One build folder per set of tools and settings: CMake's cache must not mix two of them, and pip's isolated
         # builds bring a cmake whose path is gone afterwards.
-        key = hashlib.sha256(repr((cmake, os.environ.get("CXX"), sorted(settings.items()))).encode()).hexdigest()[:8]
+        # (Other architectures only recompile the CUDA sources.)
+        parts = [
+            cmake,
+            os.environ.get("CXX"),
+            *(value for name, value in settings.items() if name != "FASTDL_CUDA_ARCHS"),
+        ]
+        key = hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
         folder = ROOT / "build" / f"cmake-{sysconfig.get_config_var('SOABI')}-{key}"
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "lock", "w") as lock:

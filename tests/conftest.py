@@ -15,10 +15,11 @@ def _clean_environment(monkeypatch):
 
 
 def pytest_collection_modifyitems(items):
-    """Marks what `make sanitize` runs: every test of a room with compiled kernels, and every test over CPU levels."""
+    """Marks what `make sanitize` runs: tests over CPU levels, and those of rooms with kernels that need the library."""
+    rooms = ("test_quant_matmul", "test_decoder_block")
     for item in items:
-        rooms = ("test_quant_matmul", "test_decoder_block")
-        if "level" in getattr(item, "fixturenames", ()) or item.path.stem.startswith(rooms):
+        fixtures = getattr(item, "fixturenames", ())
+        if "level" in fixtures or ("native" in fixtures and item.path.stem.startswith(rooms)):
             item.add_marker("native")
 
 

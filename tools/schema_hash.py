@@ -1,5 +1,6 @@
 """Hash of all op schemas under fastdl/ops/, read from the source text (no import of torch, which the build may lack).
 
+Usage:
     python tools/schema_hash.py                  prints the hash
     python tools/schema_hash.py --list           prints the schemas
     python tools/schema_hash.py --header FILE    writes the C++ header, only if it changes
@@ -25,8 +26,12 @@ def collect(folder: Path = OPS) -> list[str]:
             name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", None)
             if name != "define":
                 continue
-            if not (len(node.args) == 1 and isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str)):
-                raise SystemExit(f"{path}:{node.lineno}: define() takes one string literal, so that the build can read it")
+            if not (
+                len(node.args) == 1 and isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str)
+            ):
+                raise SystemExit(
+                    f"{path}:{node.lineno}: define() takes one string literal, so that the build can read it"
+                )
             schemas.append(" ".join(node.args[0].value.split()))
     return sorted(schemas)
 
