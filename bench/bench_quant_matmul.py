@@ -133,18 +133,13 @@ def test_quant_matmul(benchmark, recorder, threads, rounds, out, width, rows):
     limit = recorder.limits[str(threads)]
     record = {"level": level, "rows": rows, "shape": [out, width], "missing": missing, "sides": {}}
     for name, side in sides.items():
-        typical = spread(seconds[name])["median"]
-        pool = side.bytes_ * len(side.weights)
-        gbs, gflops = side.bytes_ / typical / 1e9, 2 * rows * out * width / typical / 1e9
-        top = limits.product_limit(limit, level, side.activation)
+        typical, pool = spread(seconds[name]), side.bytes_ * len(side.weights)
+        work = 2 * rows * out * width
         record["sides"][name] = {
-            "seconds": spread(seconds[name]),
+            "seconds": typical,
             "relative_error": float(f"{errors[name]:.3g}"),
             "activation": side.activation,
-            "weight_gb_per_s": round(gbs, 2),
-            "share_of_read_limit": round(gbs / limits.read_limit(limit, pool), 3),
-            "gflop_per_s": round(gflops, 1),
-            "share_of_product_limit": round(gflops / top, 3),
+            **limits.shares(typical["median"], side.bytes_, work, pool, limit, level, side.activation),
             "speedup_over": {p: paired_ratio(seconds[p], seconds[name]) for p in PEERS if p in sides and p != name},
         }
     recorder.add("quant_matmul", f"{level}/{out}x{width}/{rows}", record)

@@ -108,3 +108,22 @@ def product_limit(limits: dict[str, float], level: str, activation: str) -> floa
         if key in limits:
             return limits[key]
     raise KeyError(f"no arithmetic rate among {sorted(limits)}")
+
+
+def shares(
+    seconds: float,
+    weight_bytes: int,
+    operations: float,
+    working_set: int,
+    limits: dict[str, float],
+    level: str,
+    activation: str,
+) -> dict[str, float]:
+    """GB/s of weights and GFLOP/s of one call, each with its share of the limit that could bind it."""
+    gbs, gflops = weight_bytes / seconds / 1e9, operations / seconds / 1e9
+    return {
+        "weight_gb_per_s": round(gbs, 2),
+        "share_of_read_limit": round(gbs / read_limit(limits, working_set), 3),
+        "gflop_per_s": round(gflops, 1),
+        "share_of_product_limit": round(gflops / product_limit(limits, level, activation), 3),
+    }
