@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -100,8 +101,12 @@ def rope_table(
         if factors.shape != f.shape:
             raise ValueError(f"factors: expected shape ({head_dim // 2},), got {tuple(factors.shape)}")
         f = f / factors.to(torch.float64)
-    angles = torch.arange(start, start + max_len, dtype=torch.float64)[:, None] * f
-    return torch.stack((angles.cos(), angles.sin()), dim=-1).flatten(1).mul_(magnitude).to(torch.float32)
+    # numpy: torch's float64 sine and cosine would bring 7 MB of library pages into memory, for this alone
+    angles = np.arange(start, start + max_len, dtype=np.float64)[:, None] * f.numpy()
+    table = np.empty((max_len, head_dim // 2, 2), np.float32)
+    table[:, :, 0] = np.cos(angles) * magnitude
+    table[:, :, 1] = np.sin(angles) * magnitude
+    return torch.from_numpy(table.reshape(max_len, head_dim))
 
 
 def rope(
