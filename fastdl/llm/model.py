@@ -27,9 +27,8 @@ from .sampling import Sampling
 from .tokenizer import Tokenizer
 from .weights import LoadReport, Weights
 
-PREFILL_CHUNK = 128  # tokens of a prompt computed at once: enough for the matrix units; 256 would take 4 MB more
-    256  # tokens of a prompt computed at once: enough for the matrix units, and 5 MB of activations in the demo model
-)
+# Tokens of a prompt computed at once: enough for the matrix units; 256 would take 4 MB more in the demo model.
+PREFILL_CHUNK = 128
 CHAT_TEMPLATE = "tokenizer.chat_template"
 
 
