@@ -81,6 +81,7 @@ FASTDL_INLINE void vstore_i8(int8_t* p, vi a) {
   const __m128i w = _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
   _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(w, w));
 }
+FASTDL_INLINE vi vaddi(vi a, vi b) { return _mm256_add_epi32(a, b); }
 FASTDL_INLINE int32_t vsumi(vi a) {
   __m128i s = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
   s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));

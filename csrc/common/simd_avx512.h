@@ -70,6 +70,7 @@ FASTDL_INLINE vf vload_i8(const int8_t* p) {
 }
 // LANES float32, rounded to nearest even, saturated and stored as int8.
 FASTDL_INLINE void vstore_i8(int8_t* p, vi a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(a)); }
+FASTDL_INLINE vi vaddi(vi a, vi b) { return _mm512_add_epi32(a, b); }
 FASTDL_INLINE int32_t vsumi(vi a) { return _mm512_reduce_add_epi32(a); }
 
 FASTDL_INLINE vi vbroadcast4(const int8_t* x) {

@@ -101,6 +101,7 @@ FASTDL_INLINE vf vload_i8(const int8_t* p) {
 FASTDL_INLINE void vstore_i8(int8_t* p, vi a) {
   for (int i = 0; i < LANES; ++i) p[i] = (int8_t)(a[i] > 127 ? 127 : a[i] < -128 ? -128 : a[i]);
 }
+FASTDL_INLINE vi vaddi(vi a, vi b) { return a + b; }
 FASTDL_INLINE int32_t vsumi(vi a) {
   int32_t s = 0;
   for (int i = 0; i < LANES; ++i) s += a[i];

@@ -53,11 +53,15 @@ void prepare_int8(const float* x, Q8Block* out) {
   const float amax = vhmax(largest);
   const bool usable = amax > 1e-30f;  // below, 127 / amax could overflow: such a block counts as zeros
   const float inverse = usable ? 127.0f / amax : 0.0f;
-  int32_t sums[2] = {0, 0};
-  for (int j = 0; j < 32; j += LANES) {
-    const vi q = vround(vmul(vload(x + j), vset1(inverse)));
-    vstore_i8(out->q + j, q);
-    sums[j / 16] += vsumi(q);
+  int32_t sums[2];
+  for (int half = 0; half < 2; ++half) {
+    vi sum = vset1i(0);
+    for (int j = 16 * half; j < 16 * half + 16; j += LANES) {
+      const vi q = vround(vmul(vload(x + j), vset1(inverse)));
+      vstore_i8(out->q + j, q);
+      sum = vaddi(sum, q);
+    }
+    sums[half] = vsumi(sum);
   }
   out->d = (usable ? amax / 127.0f : 0.0f) + vsum(check);
   out->sum = out->d * (float)(sums[0] + sums[1]);
@@ -73,30 +77,35 @@ int64_t prepared_block_bytes(int precision) {
   return 128;
 }
 
+void prepare_entry(const float* v, int precision, void* entry) {
+  if (precision == PRECISION_INT8) return prepare_int8(v, (Q8Block*)entry);
+  if (precision == PRECISION_FP32) {
+    memcpy(entry, v, 128);
+    return;
+  }
+  for (int j = 0; j < 32; j += LANES) {
+#if defined(FASTDL_NATIVE_BF16)
+    vstore_bf16((uint16_t*)entry + j, vload(v + j));
+#else
+    uint16_t h[LANES];
+    vstore_bf16(h, vload(v + j));
+    vstore((float*)entry + j, vload_bf16(h));
+#endif
+  }
+}
+
 void prepare(const void* x, int x_format, int64_t ld_x, int64_t cols, int precision, int64_t tokens, int64_t t0,
              int64_t t1, void* out) {
   const int64_t blocks = (cols + 31) / 32, size = prepared_block_bytes(precision);
   alignas(64) float v[32];
-  for (int64_t t = t0; t < t1; ++t)
-    for (int64_t b = 0; b < blocks; ++b) {
-      load_row_block(x, x_format, t * ld_x + b * 32, cols - b * 32 < 32 ? cols - b * 32 : 32, v);
-      char* entry = (char*)out + (b * tokens + t) * size;
-      if (precision == PRECISION_INT8) {
-        prepare_int8(v, (Q8Block*)entry);
-      } else if (precision == PRECISION_FP32) {
-        memcpy(entry, v, 128);
-      } else {
-        for (int j = 0; j < 32; j += LANES) {
-#if defined(FASTDL_NATIVE_BF16)
-          vstore_bf16((uint16_t*)entry + j, vload(v + j));
-#else
-          uint16_t h[LANES];
-          vstore_bf16(h, vload(v + j));
-          vstore((float*)entry + j, vload_bf16(h));
-#endif
-        }
+  // Entries of one block lie side by side, those of one token far apart: 16 tokens go together, so that a cache line
+  // that was fetched for writing is filled before it is lost.
+  for (int64_t group = t0; group < t1; group += 16)
+    for (int64_t b = 0; b < blocks; ++b)
+      for (int64_t t = group; t < t1 && t < group + 16; ++t) {
+        load_row_block(x, x_format, t * ld_x + b * 32, cols - b * 32 < 32 ? cols - b * 32 : 32, v);
+        prepare_entry(v, precision, (char*)out + (b * tokens + t) * size);
       }
-    }
 }
 
 // ---------------------------------------------------------------- products: weights of one step, and one token's fold
