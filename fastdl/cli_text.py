@@ -123,6 +123,8 @@ def peak_memory() -> int | None:
 
 def _show(stream, kept: list[str] | None = None) -> int:
     """Print the pieces as they come; 130 after Ctrl-C, else 0."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character must not end the text
     try:
         for piece in stream:
             if kept is not None:

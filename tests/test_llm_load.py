@@ -19,7 +19,7 @@ WIDE = {"width": 256, "ff": 256, "heads": 4, "kv_heads": 2}
 
 
 def exact_logits(path, ids, slower=1.0):
-    """Logits by transformers, from the dequantized file; slower divides RoPE's frequencies: its reader skips scaling."""
+    """Logits by transformers, from the dequantized file; slower divides RoPE's frequencies (it skips scaling)."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     folder, name = os.path.split(path)
