@@ -18,7 +18,14 @@
 
 namespace fastdl {
 
-enum Format : int { FORMAT_F32 = 0, FORMAT_F16 = 1, FORMAT_Q4_1 = 3, FORMAT_Q8_0 = 8, FORMAT_Q6_K = 14, FORMAT_BF16 = 30 };
+enum Format : int {
+  FORMAT_F32 = 0,
+  FORMAT_F16 = 1,
+  FORMAT_Q4_1 = 3,
+  FORMAT_Q8_0 = 8,
+  FORMAT_Q6_K = 14,
+  FORMAT_BF16 = 30
+};
 enum Precision : int { PRECISION_FP32 = 0, PRECISION_BF16 = 1, PRECISION_INT8 = 2 };
 
 static inline bool format_known(int f) {

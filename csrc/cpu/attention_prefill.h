@@ -19,9 +19,9 @@ constexpr int64_t HEADS = 3;      // query heads an item: 3 vectors x 4 keys fil
 constexpr float MASKED = -1e30f;  // finite, so that the difference of two masked scores is no NaN
 
 struct PrefillScratch {
-  float *q, *o;    // [head_dim][columns]: transposed queries and outputs; a column is one query of one head
-  float *k, *v;    // [KEYS][head_dim]
-  float* p;        // [KEYS][columns]: scores, then exp(score - max)
+  float *q, *o;                // [head_dim][columns]: transposed queries and outputs; a column is one query of one head
+  float *k, *v;                // [KEYS][head_dim]
+  float* p;                    // [KEYS][columns]: scores, then exp(score - max)
   float *max, *sum, *rescale;  // [columns]
 };
 
@@ -47,8 +47,8 @@ FASTDL_INLINE PrefillScratch prefill_scratch(void* memory, int64_t head_dim) {
 // c[i][V vectors] (+)= sum_j a[i * stride_i + j * stride_j] * b[j][V vectors] for ROWS rows i: both products of
 // attention have this form, with queries in the lanes. b and c have `columns` floats a row.
 template <int V, int ROWS>
-FASTDL_INLINE void lane_product(const float* a, int64_t stride_i, int64_t stride_j, const float* b, int64_t count, float* c,
-                                int64_t columns, const float* rescale) {
+FASTDL_INLINE void lane_product(const float* a, int64_t stride_i, int64_t stride_j, const float* b, int64_t count,
+                                float* c, int64_t columns, const float* rescale) {
   vf acc[ROWS][V];
 #pragma GCC unroll 4
   for (int i = 0; i < ROWS; ++i)
@@ -153,9 +153,9 @@ void prefill_item(const AttentionArgs& a, int64_t item, void* memory) {
     rows_to_float(a.k_cache + (kv * a.max_len + key) * hd, keys * hd, s.k);
     rows_to_float(a.v_cache + (kv * a.max_len + key) * hd, keys * hd, s.v);
     memset(s.k + keys * hd, 0, (size_t)((padded - keys) * hd) * sizeof(float));
-    lane_products(s.k, hd, 1, s.q, hd, s.p, columns, padded, nullptr);         // scores [key][column]
+    lane_products(s.k, hd, 1, s.q, hd, s.p, columns, padded, nullptr);  // scores [key][column]
     softmax_step(s, columns, keys, key, a.pos + t0);
-    lane_products(s.v, 1, hd, s.p, keys, s.o, columns, hd, s.rescale);         // outputs [d][column]
+    lane_products(s.v, 1, hd, s.p, keys, s.o, columns, hd, s.rescale);  // outputs [d][column]
   }
   for (int64_t h = 0; h < heads; ++h)
     for (int64_t t = 0; t < queries; ++t) {

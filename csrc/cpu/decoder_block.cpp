@@ -96,8 +96,8 @@ struct Memory {
 };
 
 Memory allocate(const Shape& s, const QuantMatmulKernels& products, int64_t attention_bytes, int team) {
-  const int64_t widest = s.width > s.ff ? (s.width > s.q_rows() ? s.width : s.q_rows())
-                                        : (s.ff > s.q_rows() ? s.ff : s.q_rows());
+  const int64_t widest =
+      s.width > s.ff ? (s.width > s.q_rows() ? s.width : s.q_rows()) : (s.ff > s.q_rows() ? s.ff : s.q_rows());
   int64_t block = 0;
   for (int p = PRECISION_FP32; p <= PRECISION_INT8; ++p) {
     const int64_t bytes = products.prepared_block_bytes(p);
@@ -110,7 +110,12 @@ Memory allocate(const Shape& s, const QuantMatmulKernels& products, int64_t atte
   const int64_t att = aligned(s.n * s.q_rows() * 4), ff = aligned(s.n * s.ff * 4);
   const int copies = s.n == 1 ? team : 1;
   Memory m{torch::stable::empty({h + qkv + att + ff + copies * prepared + team * scratch + 64}, ScalarType::Byte),
-           nullptr, nullptr, nullptr, nullptr, {}, {}};
+           nullptr,
+           nullptr,
+           nullptr,
+           nullptr,
+           {},
+           {}};
   uint8_t* at = (uint8_t*)(((uintptr_t)m.keep.mutable_data_ptr() + 63) & ~(uintptr_t)63);
   m.h = (float*)at, at += h;
   m.qkv = (float*)at, at += qkv;
@@ -126,10 +131,18 @@ Memory allocate(const Shape& s, const QuantMatmulKernels& products, int64_t atte
 // another thread wrote.
 class Worker {
  public:
-  Worker(const Shape& s, const Memory& m, const QuantMatmulKernels& products, const DecoderBlockKernels& steps, float* x,
-         int thread, int team)
-      : s_(s), m_(m), products_(products), steps_(steps), x_(x), prepared_(m.prepared[(size_t)thread]),
-        scratch_(m.scratch[(size_t)thread]), thread_(thread), team_(team), alone_(s.n == 1) {}
+  Worker(const Shape& s, const Memory& m, const QuantMatmulKernels& products, const DecoderBlockKernels& steps,
+         float* x, int thread, int team)
+      : s_(s),
+        m_(m),
+        products_(products),
+        steps_(steps),
+        x_(x),
+        prepared_(m.prepared[(size_t)thread]),
+        scratch_(m.scratch[(size_t)thread]),
+        thread_(thread),
+        team_(team),
+        alone_(s.n == 1) {}
 
   void layer(const Layer& l, const AttentionArgs& attention, const RopeArgs& rope) {
     normalized(l.attn_norm, {&l.q, &l.k, &l.v});
@@ -228,7 +241,8 @@ Tensor decoder_blocks(const Tensor& x_, const std::vector<Tensor>& weights, cons
                       const Tensor& k_cache, const Tensor& v_cache, const Tensor& rope,
                       const std::optional<Tensor>& output_norm, int64_t pos, int64_t n_heads, int64_t n_kv_heads,
                       int64_t head_dim, int64_t ff_dim, double eps, int64_t activation) {
-  check(x_.is_cpu() && x_.dim() == 2 && x_.scalar_type() == ScalarType::Float, "x: expected a float32 matrix on the CPU");
+  check(x_.is_cpu() && x_.dim() == 2 && x_.scalar_type() == ScalarType::Float,
+        "x: expected a float32 matrix on the CPU");
   check(n_heads > 0 && n_kv_heads > 0 && n_heads % n_kv_heads == 0, "n_heads: expected a multiple of n_kv_heads");
   check(head_dim > 0 && head_dim % 16 == 0 && head_dim <= 512, "head_dim: expected a multiple of 16, at most 512");
   check(activation >= PRECISION_FP32 && activation <= PRECISION_INT8, "activation: unknown number");
@@ -242,11 +256,12 @@ Tensor decoder_blocks(const Tensor& x_, const std::vector<Tensor>& weights, cons
   check(rope.is_cpu() && rope.scalar_type() == ScalarType::Float && rope.is_contiguous() && rope.dim() == 2 &&
             rope.size(0) >= pos + n && rope.size(1) <= head_dim && rope.size(1) % 2 == 0,
         "rope: expected float32 [at least pos + n, rope_dim <= head_dim]");
-  const Shape s{n,       x_.size(1), n_heads,    n_kv_heads, head_dim, ff_dim, max_len, rope.size(1), pos, (float)eps,
-                (int)activation};
+  const Shape s{n,       x_.size(1),   n_heads, n_kv_heads, head_dim,       ff_dim,
+                max_len, rope.size(1), pos,     (float)eps, (int)activation};
   check(ff_dim > 0, "ff_dim: expected a positive number");
   const std::vector<Layer> stack = checked_layers(weights, formats, s);
-  const float* norm = output_norm ? checked_vector(*output_norm, s.width, "output_norm: expected float32 [width]") : nullptr;
+  const float* norm =
+      output_norm ? checked_vector(*output_norm, s.width, "output_norm: expected float32 [width]") : nullptr;
 
   Tensor x = torch::stable::clone(torch::stable::contiguous(x_));
   if (n == 0) return x;
@@ -259,8 +274,18 @@ Tensor decoder_blocks(const Tensor& x_, const std::vector<Tensor>& weights, cons
   attention.scale = 1.0f / std::sqrt((float)head_dim);
   const Memory m = allocate(s, products, steps.attention_scratch_bytes(attention), team);
   attention.q = m.qkv, attention.out = m.att;
-  RopeArgs turn{m.qkv,   (const float*)rope.const_data_ptr(), nullptr, nullptr, n, pos, s.qkv_rows(), max_len, n_heads,
-                n_kv_heads, head_dim, s.rope_dim};
+  RopeArgs turn{m.qkv,
+                (const float*)rope.const_data_ptr(),
+                nullptr,
+                nullptr,
+                n,
+                pos,
+                s.qkv_rows(),
+                max_len,
+                n_heads,
+                n_kv_heads,
+                head_dim,
+                s.rope_dim};
   float* data = (float*)x.mutable_data_ptr();
   uint16_t* keys = (uint16_t*)k_cache.mutable_data_ptr();
   uint16_t* values = (uint16_t*)v_cache.mutable_data_ptr();

@@ -196,6 +196,18 @@ struct BF16 {
   }
 };
 
+// The one switch from a format's number to its class; a caller has checked the number.
+#define FASTDL_FORMAT_SWITCH(format, call)      \
+  switch (format) {                             \
+    case FORMAT_Q4_1: call(Q4_1); break;        \
+    case FORMAT_Q8_0: call(Q8_0); break;        \
+    case FORMAT_Q6_K: call(Q6_K); break;        \
+    case FORMAT_F16: call(F16); break;          \
+    case FORMAT_BF16: call(BF16); break;        \
+    case FORMAT_F32: call(F32); break;          \
+    default: __builtin_trap();                  \
+  }
+
 }  // namespace
 }  // namespace FASTDL_LEVEL
 }  // namespace fastdl
