@@ -5,6 +5,9 @@ The CPU kernels, level by level, are in test_quant_matmul_cpu.py.
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from random_weights import random_weight as weight
@@ -169,6 +172,13 @@ def test_nan_and_infinity_stay_in_their_row(where):
             assert torch.isfinite(torch.cat([y[:7], y[8:]])).all()
 
 
+def test_meta_tensors_give_shapes():
+    layer = nn.QuantLinear(64, 48).to("meta")
+    y = layer(torch.empty(2, 3, 64, device="meta", requires_grad=True))
+    assert y.shape == (2, 3, 48) and y.is_meta and y.requires_grad
+    assert nn.QuantEmbedding(48, 64).to("meta")(torch.empty(5, dtype=torch.int64, device="meta")).shape == (5, 64)
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_embedding(name, where):
     w = weight(name)
@@ -262,3 +272,37 @@ BAD = {
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+MEMORY = """
+import sys, torch
+from fastdl import ops
+from fastdl.quant import QuantTensor
+
+def peak():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+where = sys.argv[1]
+x = torch.randn(64, 4096)
+for rows in (64, 4096):  # the first warms up
+    w = QuantTensor.zeros(rows, 4096, "q4_1")
+    if where == "cpu":
+        w.pack_()
+    x.requires_grad_()
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak starts anew
+    before = peak()
+    y = ops.quant_matmul(x, w, activation="int8", backend=where)
+    torch.autograd.grad(y, x, torch.ones_like(y))
+    extra = peak() - before - 3 * y.numel() * 4  # outputs: y, its gradient, the gradient of x
+print(extra)
+"""
+
+
+def test_weights_are_never_dequantized_whole(where):
+    """Working memory beside the outputs: 1 MB (and a copy of x, 1 MB, on the torch back end); the matrix has 64 MB."""
+    run = subprocess.run([sys.executable, "-c", MEMORY, where], capture_output=True, text=True)
+    if "clear_refs" in run.stderr:
+        pytest.skip("the kernel does not let a process reset its peak memory")
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) <= (1.5 if where == "cpu" else 2.5) * 2**20

@@ -107,7 +107,7 @@ def quant_matmul(
     """
     _check_matmul(x, w, bias, activation)
     kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+    if kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(kind))
     chosen = backends.choose("quant_matmul", backend, device=x.device, dtype=x.dtype)
     rows = w.shape[0]

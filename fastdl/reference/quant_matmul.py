@@ -12,6 +12,7 @@ a, b by activation (for a float64 x the sums are float64, else float32):
             Formats without blocks (f16, bf16, f32): as "fp32".
 
 The weights are decoded a few rows at a time: never more than 256 KiB of them at once (one row, if a row is longer).
+Where x is rounded or its dtype is not that of the sums, one copy of x is made.
 Test: ``pytest tests/test_quant_matmul.py``.
 """
 
@@ -47,6 +48,17 @@ def round_activation(x: Tensor, activation: str, fmt: Format) -> Tensor:
     return x
 
 
+def _rounded(x: Tensor, activation: str, fmt: Format, dtype: torch.dtype) -> Tensor:
+    """a(x) of x [n, cols] in dtype, x itself where that changes nothing; a few rows at a time."""
+    if x.dtype == dtype and (activation == "fp32" or (activation == "int8" and fmt.block == 1)):
+        return x
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    step = chunk_rows(x.shape[1])
+    for start in range(0, x.shape[0], step):
+        out[start : start + step] = round_activation(x[start : start + step].to(dtype), activation, fmt)
+    return out
+
+
 def weight_chunks(data: Tensor, fmt: Format, rows: int, cols: int, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
     """Yield (first row, W[first row : first row + n] in dtype) through all rows; data in either layout."""
     step = chunk_rows(cols, 8 if dtype == torch.float64 else 4)
@@ -77,7 +89,7 @@ def quant_matmul(x: Tensor, data: Tensor, bias: Tensor | None, fmt: Format, rows
     """x [..., cols] -> y [..., rows] in x's dtype."""
     cols = x.shape[-1]
     dtype = _work_dtype(x)
-    flat = round_activation(as_matrix(x).to(dtype), activation, fmt)
+    flat = _rounded(as_matrix(x), activation, fmt, dtype)
     y = torch.empty(flat.shape[0], rows, dtype=x.dtype, device=x.device)
     with torch.autocast(x.device.type, enabled=False):
         for start, w in weight_chunks(data, fmt, rows, cols, dtype):
