@@ -7,6 +7,7 @@ namespace fastdl {
 namespace FASTDL_LEVEL {
 namespace {
 
+constexpr bool VECTOR_LEVEL = true;
 constexpr int LANES = 8;
 using vf = __m256;
 using vi = __m256i;

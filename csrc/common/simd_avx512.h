@@ -7,6 +7,7 @@ namespace fastdl {
 namespace FASTDL_LEVEL {
 namespace {
 
+constexpr bool VECTOR_LEVEL = true;
 constexpr int LANES = 16;
 using vf = __m512;
 using vi = __m512i;

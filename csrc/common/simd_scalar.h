@@ -10,6 +10,7 @@ namespace fastdl {
 namespace FASTDL_LEVEL {
 namespace {
 
+constexpr bool VECTOR_LEVEL = false;
 constexpr int LANES = 16;
 typedef float vf __attribute__((vector_size(64)));
 typedef int32_t vi __attribute__((vector_size(64)));

@@ -62,13 +62,13 @@ template <class F, class P>
 void stream(const uint8_t* panel, int64_t cols, int64_t blocks, const void* acts_, int64_t tokens, int64_t n,
             float* c) {
   const typename P::Entry* acts = (const typename P::Entry*)acts_;
-  switch (n) {
-    case 1: return stream_few<F, P, 1>(panel, cols, blocks, acts, tokens, c);
-    case 2: return stream_few<F, P, 2>(panel, cols, blocks, acts, tokens, c);
-    case 3: return stream_few<F, P, 3>(panel, cols, blocks, acts, tokens, c);
-    case 4: return stream_few<F, P, 4>(panel, cols, blocks, acts, tokens, c);
-    default: return stream_many<F, P>(panel, cols, blocks, acts, tokens, n, c);
+  if constexpr (VECTOR_LEVEL) {  // the scalar level has no registers for these sums, it would only compile for minutes
+    if (n == 1) return stream_few<F, P, 1>(panel, cols, blocks, acts, tokens, c);
+    if (n == 2) return stream_few<F, P, 2>(panel, cols, blocks, acts, tokens, c);
+    if (n == 3) return stream_few<F, P, 3>(panel, cols, blocks, acts, tokens, c);
+    if (n == 4) return stream_few<F, P, 4>(panel, cols, blocks, acts, tokens, c);
   }
+  stream_many<F, P>(panel, cols, blocks, acts, tokens, n, c);
 }
 
 #if defined(FASTDL_HAS_TILES)
