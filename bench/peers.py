@@ -34,7 +34,7 @@ VARIABLES = {"llama.cpp": "FASTDL_LLAMA_BENCH", "ik_llama.cpp": "FASTDL_IK_LLAMA
 # Settings that a user of the peer would try for speed; the harness keeps the fastest of each peer.
 SETTINGS = {
     "llama.cpp": {"fa=0": ["-fa", "0"], "fa=1": ["-fa", "1"]},
-    "ik_llama.cpp": {"fa=1": ["-fa", "1"], "fa=1 rtr=1": ["-fa", "1", "-rtr", "1"]},
+    "ik_llama.cpp": {"fa=0": ["-fa", "0"], "fa=1": ["-fa", "1"], "fa=1 rtr=1": ["-fa", "1", "-rtr", "1"]},
 }
 
 

@@ -75,6 +75,7 @@ def draw(panels: list[dict], title: str, path: Path) -> Path:
         axis.set_xticks([g + 0.4 - width / 2 for g in range(len(panel["groups"]))], list(panel["groups"]), fontsize=8)
         if panel["unit"].startswith("times"):
             axis.axhline(1.0, color="black", linewidth=0.8)
+        axis.margins(y=0.2)
         axis.set_title(panel["title"], fontsize=9)
         axis.set_ylabel(panel["unit"], fontsize=8)
         axis.legend(fontsize=7)
