@@ -27,7 +27,7 @@ def lm():
 
 @pytest.fixture(scope="module")
 def exact(lm):
-    """(ids of 512 tokens of English, their exact log-probabilities, transformers' greedy answer to PROMPT)."""
+    """(ids of 512 tokens of English, their exact logits, transformers' greedy answer to PROMPT)."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     from pydoc_data.topics import topics
@@ -36,40 +36,41 @@ def exact(lm):
     folder, name = os.path.split(demo_model_path())
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
     with torch.no_grad():
-        logp = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        logits = model(torch.tensor([ids])).logits[0]
         start = torch.tensor([lm.tokenizer.encode(PROMPT)])
         answer = model.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=40, do_sample=False)
-    return ids, logp, answer[0, start.shape[1] :].tolist()
+    return ids, logits, answer[0, start.shape[1] :].tolist()
 
 
-def divergence(logp, logits):
+def divergence(exact, logits):
+    """Mean KL; in float64, because float32's log_softmax alone is wrong by 1e-5."""
     total = 0.0
-    for a, b in zip(logp.split(64), logits.split(64), strict=True):
-        a = a.double()
-        total += float((a.exp() * (a - b.double().log_softmax(-1))).sum())
-    return total / logp.shape[0]
+    for a, b in zip(exact.split(64), logits.split(64), strict=True):
+        a, b = a.double().log_softmax(-1), b.double().log_softmax(-1)
+        total += float((a.exp() * (a - b)).sum())
+    return total / exact.shape[0]
 
 
 @pytest.mark.parametrize("activation", LIMITS)
 def test_divergence(lm, exact, activation, monkeypatch):
-    ids, logp, _ = exact
+    ids, expected, _ = exact
     monkeypatch.setattr(lm, "activation", activation)
     logits = lm.logits(ids)
-    assert divergence(logp, logits) <= LIMITS[activation]
+    assert divergence(expected, logits) <= LIMITS[activation]
     if activation == "fp32":
-        assert torch.equal(logits.argmax(-1), logp.argmax(-1))
+        assert torch.equal(logits.argmax(-1), expected.argmax(-1))
 
 
 @pytest.mark.parametrize("cap", ["avx2", "avx2-plain", "avx512-plain"])
 @pytest.mark.parametrize("activation", ["fp32", "auto"])
 def test_divergence_at_lower_levels(lm, exact, activation, cap, monkeypatch):
-    ids, logp, _ = exact
+    ids, expected, _ = exact
     if cap.partition("-")[0] not in backend.cpu_features().split(","):
         pytest.skip(f"this CPU has no {cap}")
     monkeypatch.setattr(lm, "activation", activation)
     with backend.level_cap(cap):
         logits = lm.logits(ids[:128])
-    assert divergence(logp[:128], logits) <= (1e-6 if activation == "fp32" else 6e-3)  # 128 tokens scatter more
+    assert divergence(expected[:128], logits) <= (1e-6 if activation == "fp32" else 6e-3)  # 128 tokens scatter more
 
 
 def test_greedy_answer_is_the_exact_one(lm, exact, monkeypatch):
@@ -92,7 +93,8 @@ def test_perplexity_of_english_is_low(lm):
     assert 2 < lm.perplexity(text) < 30 < lm.perplexity(text[::-1])
 
 
-def test_chat_answers(lm):
+def test_chat_answers(lm, monkeypatch):
+    monkeypatch.setattr(lm, "activation", "fp32")  # the first word is a near tie that 8 bits may turn
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     first = lm.chat(messages, max_new_tokens=24)
     assert "Paris" in first
