@@ -90,7 +90,7 @@ class LM:
         pos = cache.length
         if cache.capacity < pos + len(ids):
             self.reserve(cache, pos + len(ids))
-        x = ops.quant_embedding(torch.tensor(ids), self._weights.embedding, backend=self.backend)
+        x = self._weights.embedding.rows_at(torch.tensor(ids))  # quant_embedding without its checks: 15 us a token
         x = ops.decoder_blocks(
             x,
             self._weights.stack,
