@@ -58,7 +58,8 @@ class KVCache:
             self.k = self.v = self._empty(0)  # the old ones go before the new ones come
         for name in ("k", "v"):
             new, old = self._empty(capacity), getattr(self, name)
-            new[:, :, : self.length] = old[:, :, : self.length]
+            if self.length:
+                new[:, :, : self.length] = old[:, :, : self.length]
             setattr(self, name, new)
 
     def truncate(self, length: int) -> None:

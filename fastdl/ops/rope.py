@@ -101,7 +101,6 @@ def rope_table(
         if factors.shape != f.shape:
             raise ValueError(f"factors: expected shape ({head_dim // 2},), got {tuple(factors.shape)}")
         f = f / factors.to(torch.float64)
-    # numpy: torch's float64 sine and cosine would bring 7 MB of library pages into memory, for this alone
     angles = np.arange(start, start + max_len, dtype=np.float64)[:, None] * f.numpy()
     table = np.empty((max_len, head_dim // 2, 2), np.float32)
     table[:, :, 0] = np.cos(angles) * magnitude

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +24,8 @@ from .norm import compute_dtype
 
 def frequencies(rope_dim: int, base: float) -> Tensor:
     """float64 [rope_dim / 2]: radians a position, pair by pair."""
-    return float(base) ** (-torch.arange(0, rope_dim, 2, dtype=torch.float64) / rope_dim)
+    # numpy: torch's float64 kernels would bring 5 MB of library pages into memory for this alone
+    return torch.from_numpy(float(base) ** (-np.arange(0, rope_dim, 2, dtype=np.float64) / rope_dim))
 
 
 def yarn_frequencies(
