@@ -135,18 +135,20 @@ def fastest_settings(model: str, threads: int, level: str, recorder) -> tuple[di
     sides, missing = {}, []
     for name, settings in peers.SETTINGS.items():
         try:
-            peer = peers.llama_bench(name, level)
-            tried = {}
-            for setting, extra in settings.items():
-                tried[setting] = peer.run(model, prompt=PROMPT, new=NEW, threads=threads, extra=extra)
+            builds = peers.llama_bench(name, level)
+            ways = {}  # "fa=1", or "build 2, fa=1" where several builds were given -> how to run it
+            for number, build in enumerate(builds, 1):
+                label = f"build {number}, " if len(builds) > 1 else ""
+                ways |= {label + s: partial(build.run, model, threads=threads, extra=x) for s, x in settings.items()}
+            tried = {way: run(prompt=PROMPT, new=NEW) for way, run in ways.items()}
         except (peers.MissingPeer, RuntimeError) as error:
             missing.append(str(error))
             continue
-        recorder.peers[f"{name} ({level})"] = peer.version(model)
-        best = {metric: max(tried, key=lambda s, t=tried, m=metric: t[s][m]) for metric in STEPS}
-        for setting in sorted(set(best.values())):
-            asked = {"prompt": PROMPT * (best["prefill"] == setting), "new": NEW * (best["decode"] == setting)}
-            sides[name, setting] = partial(peer.run, model, threads=threads, extra=settings[setting], **asked)
+        recorder.peers[f"{name} ({level})"] = ", ".join(dict.fromkeys(build.version(model) for build in builds))
+        best = {metric: max(tried, key=lambda way, t=tried, m=metric: t[way][m]) for metric in STEPS}
+        for way in sorted(set(best.values())):
+            asked = {"prompt": PROMPT * (best["prefill"] == way), "new": NEW * (best["decode"] == way)}
+            sides[name, way] = partial(ways[way], **asked)
     return sides, missing
 
 

@@ -6,6 +6,7 @@ llama.cpp and its fork ik_llama.cpp are found by environment variable, a binary 
     FASTDL_LLAMA_BENCH_AVX512   ... built without AMX   (else the best build, where the machine has no AMX)
     FASTDL_LLAMA_BENCH_AVX2     ... built without AVX-512
     FASTDL_IK_LLAMA_BENCH, FASTDL_IK_LLAMA_BENCH_AVX512, FASTDL_IK_LLAMA_BENCH_AVX2   the same for the fork
+                                several paths with ":" between: every build is tried, the fastest counts
     FASTDL_LLAMA_PYTHON         an interpreter that has llama-cpp-python (else this one)
 
 Test: tests/test_bench.py
@@ -80,21 +81,22 @@ def rates(rows: list[dict]) -> dict[str, float]:
     return found
 
 
-def llama_bench(name: str, level: str, flags: list[str] | None = None) -> LlamaBench:
-    """The peer's binary for an instruction level; MissingPeer names the variable that would give it."""
+def llama_bench(name: str, level: str, flags: list[str] | None = None) -> list[LlamaBench]:
+    """The peer's binaries for an instruction level; MissingPeer names the variable that would give one."""
     best = hardware.best_level(hardware.describe()["flags"] if flags is None else flags)
     variable = VARIABLES[name]
     wanted = [variable if level == best else f"{variable}_{level.upper()}"]
     if level == best and level != "amx":
         wanted.append(f"{variable}_{level.upper()}")
     for key in wanted:
-        path = os.environ.get(key)
-        if path:
+        paths = [path for path in os.environ.get(key, "").split(os.pathsep) if path]
+        for path in paths:
             if shutil.which(path) is None:
                 raise MissingPeer(f"{name}: {key} names {path}, which cannot be run")
-            return LlamaBench(name, path)
+        if paths:
+            return [LlamaBench(name, path) for path in paths]
     if level == best and name == "llama.cpp" and (path := shutil.which("llama-bench")):
-        return LlamaBench(name, path)
+        return [LlamaBench(name, path)]
     raise MissingPeer(f"{name} for level {level}: set {wanted[0]} to a llama-bench binary built for that level")
 
 

@@ -245,10 +245,10 @@ def test_a_failing_peer_says_what_was_run(tmp_path):
 
 def test_peer_for_each_level(tmp_path, monkeypatch, no_peers):
     best, narrow = fake_llama_bench(tmp_path, "best"), fake_llama_bench(tmp_path, "narrow")
-    monkeypatch.setenv("FASTDL_LLAMA_BENCH", best)
+    monkeypatch.setenv("FASTDL_LLAMA_BENCH", f"{best}:{narrow}")
     monkeypatch.setenv("FASTDL_LLAMA_BENCH_AVX2", narrow)
-    assert peers.llama_bench("llama.cpp", "avx512", FLAGS["avx512"]).binary == best
-    assert peers.llama_bench("llama.cpp", "avx2", FLAGS["avx512"]).binary == narrow
+    assert [peer.binary for peer in peers.llama_bench("llama.cpp", "avx512", FLAGS["avx512"])] == [best, narrow]
+    assert [peer.binary for peer in peers.llama_bench("llama.cpp", "avx2", FLAGS["avx512"])] == [narrow]
     with pytest.raises(peers.MissingPeer, match="level avx512: set FASTDL_LLAMA_BENCH_AVX512"):
         peers.llama_bench("llama.cpp", "avx512", FLAGS["amx"])  # the best build would use AMX
 
