@@ -55,181 +55,199 @@ typedef __m256i ints;
     _mm256_add_epi32(c, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1)))
 #endif
 
-// Each returns operations done (two per multiply-add).
+// Twelve accumulators by name: an array would be kept in memory, and the stores would set the pace.
+#define EACH(DO) \
+    DO(c0) DO(c1) DO(c2) DO(c3) DO(c4) DO(c5) DO(c6) DO(c7) DO(c8) DO(c9) DO(c10) DO(c11)
+
+// Each of these returns operations done, two for a multiply-add.
 static double fma_chains(void) {
-    floats c[CHAINS], a = ZERO_F, b = ZERO_F;
-    for (int j = 0; j < CHAINS; j++) c[j] = ZERO_F;
-    KEEP(a);
-    KEEP(b);
-    for (int i = 0; i < STEPS; i++)
-#pragma GCC unroll 12
-        for (int j = 0; j < CHAINS; j++) {
-            c[j] = FMA(c[j], a, b);
-            KEEP(c[j]);
-        }
-    for (int j = 1; j < CHAINS; j++) c[0] = FMA(c[0], c[j], a);
-    float_sink = FIRST_F(c[0]);
-    return 2.0 * STEPS * CHAINS * (sizeof(floats) / 4);
+  floats a = ZERO_F, b = ZERO_F;
+  KEEP(a);
+  KEEP(b);
+#define START(c) floats c = ZERO_F;
+#define STEP(c) \
+    c = FMA(c, a, b); \
+    KEEP(c);
+#define END(c) float_sink = FIRST_F(c);
+  EACH(START)
+  for (int i = 0; i < STEPS; i++) {
+    EACH(STEP)
+  }
+  EACH(END)
+#undef START
+#undef STEP
+#undef END
+  return 2.0 * STEPS * CHAINS * (sizeof(floats) / 4);
 }
 
 #ifdef DOT8
 static double int8_chains(void) {
-    ints c[CHAINS], a = ZERO_I, b = ZERO_I;
-    for (int j = 0; j < CHAINS; j++) c[j] = ZERO_I;
-    for (int i = 0; i < STEPS; i++)
-#pragma GCC unroll 12
-        for (int j = 0; j < CHAINS; j++) {
-            KEEP(a);
-            c[j] = DOT8(c[j], a, b);
-            KEEP(c[j]);
-        }
-    for (int j = 0; j < CHAINS; j++) int_sink += (uint64_t)FIRST_I(c[j]);
-    return 2.0 * STEPS * CHAINS * sizeof(ints);
+  ints a = ZERO_I, b = ZERO_I;
+  KEEP(b);
+#define START(c) ints c = ZERO_I;
+#define STEP(c) \
+    KEEP(a); /* as if a changed: AVX2's products must not leave the loop */ \
+    c = DOT8(c, a, b); \
+    KEEP(c);
+#define END(c) int_sink += (uint64_t)FIRST_I(c);
+  EACH(START)
+  for (int i = 0; i < STEPS; i++) {
+    EACH(STEP)
+  }
+  EACH(END)
+#undef START
+#undef STEP
+#undef END
+  return 2.0 * STEPS * CHAINS * sizeof(ints);
 }
 #endif
 
 #ifdef __AVX512BF16__
 static double bf16_chains(void) {
-    __m512 c[CHAINS];
-    __m512i bits = ZERO_I;
-    KEEP(bits);
-    __m512bh a = (__m512bh)bits;
-    for (int j = 0; j < CHAINS; j++) c[j] = ZERO_F;
-    for (int i = 0; i < STEPS; i++)
-#pragma GCC unroll 12
-        for (int j = 0; j < CHAINS; j++) {
-            c[j] = _mm512_dpbf16_ps(c[j], a, a);
-            KEEP(c[j]);
-        }
-    for (int j = 0; j < CHAINS; j++) float_sink = FIRST_F(c[j]);
-    return 2.0 * STEPS * CHAINS * 32;
+  __m512i bits = ZERO_I;
+  KEEP(bits);
+  __m512bh a = (__m512bh)bits;
+#define START(c) __m512 c = ZERO_F;
+#define STEP(c) \
+    c = _mm512_dpbf16_ps(c, a, a); \
+    KEEP(c);
+#define END(c) float_sink = FIRST_F(c);
+  EACH(START)
+  for (int i = 0; i < STEPS; i++) {
+    EACH(STEP)
+  }
+  EACH(END)
+#undef START
+#undef STEP
+#undef END
+  return 2.0 * STEPS * CHAINS * 32;
 }
 #endif
 
 #if defined(__AMX_INT8__) && defined(__AMX_BF16__)
 struct tile_config {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t bytes_per_row[16];
-    uint8_t rows[16];
+  uint8_t palette, start_row, reserved[14];
+  uint16_t bytes_per_row[16];
+  uint8_t rows[16];
 };
 
 static void load_tiles(void) {
-    struct tile_config config;
-    memset(&config, 0, sizeof config);
-    config.palette = 1;
-    for (int t = 0; t < 8; t++) {
-        config.bytes_per_row[t] = 64;
-        config.rows[t] = 16;
-    }
-    __asm__ volatile("" ::"r"(&config) : "memory");  // gcc 12 and 13 drop the stores: the intrinsic reads 8 of 64 bytes
-    _tile_loadconfig(&config);
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    _tile_zero(4);
-    _tile_zero(5);
-    _tile_zero(6);
-    _tile_zero(7);
+  struct tile_config config;
+  memset(&config, 0, sizeof config);
+  config.palette = 1;
+  for (int t = 0; t < 8; t++) {
+    config.bytes_per_row[t] = 64;
+    config.rows[t] = 16;
+  }
+  __asm__ volatile("" ::"r"(&config) : "memory");  // gcc 12 and 13 drop the stores: the intrinsic reads 8 of 64 bytes
+  _tile_loadconfig(&config);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  _tile_zero(4);
+  _tile_zero(5);
+  _tile_zero(6);
+  _tile_zero(7);
 }
 
 static double amx_int8_chains(void) {
-    load_tiles();
-    for (int i = 0; i < STEPS / 4; i++) {
-        _tile_dpbusd(0, 4, 6);
-        _tile_dpbusd(1, 4, 7);
-        _tile_dpbusd(2, 5, 6);
-        _tile_dpbusd(3, 5, 7);
-    }
-    _tile_release();
-    return 2.0 * STEPS * 16 * 16 * 64;
+  load_tiles();
+  for (int i = 0; i < STEPS / 4; i++) {
+    _tile_dpbusd(0, 4, 6);
+    _tile_dpbusd(1, 4, 7);
+    _tile_dpbusd(2, 5, 6);
+    _tile_dpbusd(3, 5, 7);
+  }
+  _tile_release();
+  return 2.0 * STEPS * 16 * 16 * 64;
 }
 
 static double amx_bf16_chains(void) {
-    load_tiles();
-    for (int i = 0; i < STEPS / 4; i++) {
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-    }
-    _tile_release();
-    return 2.0 * STEPS * 16 * 16 * 32;
+  load_tiles();
+  for (int i = 0; i < STEPS / 4; i++) {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_release();
+  return 2.0 * STEPS * 16 * 16 * 32;
 }
 #endif
 
-// Best of TRIES: operations per nanosecond over all threads.
+// Best of at least TRIES and half a second: operations per nanosecond over all threads.
 static double rate(double (*chains)(void), int threads) {
-    double best = 0;
-    for (int t = 0; t < TRIES; t++) {
-        double done = 0, start = 0;
+  double best = 0, until = omp_get_wtime() + 0.5;
+  for (int t = 0; t < TRIES || omp_get_wtime() < until; t++) {
+    double done = 0, start = 0;
 #pragma omp parallel num_threads(threads) reduction(+ : done)
-        {
-            done += chains();  // wakes the units and the clock before the timed part
+    {
+      done += chains();  // wakes the units and the clock before the timed part
 #pragma omp barrier
 #pragma omp single
-            start = omp_get_wtime();
-            done = chains() + chains() + chains() + chains();
-        }
-        double speed = done / (omp_get_wtime() - start) / 1e9;
-        if (speed > best) best = speed;
+      start = omp_get_wtime();
+      done = chains() + chains() + chains() + chains();
     }
-    return best;
+    double speed = done / (omp_get_wtime() - start) / 1e9;
+    if (speed > best) best = speed;
+  }
+  return best;
 }
 
-// Best of TRIES: bytes per nanosecond over all threads. Each thread touches its slice first, so pages lie near it.
+// Best of at least TRIES and half a second: bytes per nanosecond over all threads. Each thread touches its slice first, so pages lie near it.
 static double read_rate(size_t bytes, int threads) {
-    size_t slice = bytes / 64 / threads * 64 / 8;  // in 8-byte words, whole cache lines
-    uint64_t *data = aligned_alloc(64, slice * 8 * threads);
-    if (!data) return 0;
-    double best = 0;
+  size_t slice = bytes / 64 / threads * 64 / 8;  // in 8-byte words, whole cache lines
+  uint64_t* data = aligned_alloc(64, slice * 8 * threads);
+  if (!data) return 0;
+  double best = 0, until = omp_get_wtime() + 0.5;
 #pragma omp parallel num_threads(threads)
-    {
-        uint64_t *mine = data + slice * omp_get_thread_num();
-        memset(mine, 1, slice * 8);
-    }
-    for (int t = 0; t < TRIES; t++) {
-        double start = omp_get_wtime();
-        uint64_t total = 0;
+  {
+    uint64_t* mine = data + slice * omp_get_thread_num();
+    memset(mine, 1, slice * 8);
+  }
+  for (int t = 0; t < TRIES || omp_get_wtime() < until; t++) {
+    double start = omp_get_wtime();
+    uint64_t total = 0;
 #pragma omp parallel num_threads(threads) reduction(+ : total)
-        {
-            const uint64_t *mine = data + slice * omp_get_thread_num();
-            uint64_t sum = 0;
+    {
+      const uint64_t* mine = data + slice * omp_get_thread_num();
+      uint64_t sum = 0;
 #pragma omp simd reduction(+ : sum)
-            for (size_t i = 0; i < slice; i++) sum += mine[i];
-            total += sum;
-        }
-        int_sink = total;
-        double speed = (double)slice * 8 * threads / (omp_get_wtime() - start) / 1e9;
-        if (speed > best) best = speed;
+      for (size_t i = 0; i < slice; i++) sum += mine[i];
+      total += sum;
     }
-    free(data);
-    return best;
+    int_sink = total;
+    double speed = (double)slice * 8 * threads / (omp_get_wtime() - start) / 1e9;
+    if (speed > best) best = speed;
+  }
+  free(data);
+  return best;
 }
 
-int main(int argc, char **argv) {
-    if (argc == 4 && !strcmp(argv[1], "read")) {
-        double speed = read_rate(strtoull(argv[2], NULL, 10), atoi(argv[3]));
-        printf("%.3f\n", speed);
-        return speed > 0 ? 0 : 1;
-    }
-    if (argc != 3) {
-        fprintf(stderr, "usage: limits read BYTES THREADS | limits fma|int8|bf16|amx_int8|amx_bf16 THREADS\n");
-        return 2;
-    }
-    double (*chains)(void) = NULL;
-    if (!strcmp(argv[1], "fma")) chains = fma_chains;
+int main(int argc, char** argv) {
+  if (argc == 4 && !strcmp(argv[1], "read")) {
+    double speed = read_rate(strtoull(argv[2], NULL, 10), atoi(argv[3]));
+    printf("%.3f\n", speed);
+    return speed > 0 ? 0 : 1;
+  }
+  if (argc != 3) {
+    fprintf(stderr, "usage: limits read BYTES THREADS | limits fma|int8|bf16|amx_int8|amx_bf16 THREADS\n");
+    return 2;
+  }
+  double (*chains)(void) = NULL;
+  if (!strcmp(argv[1], "fma")) chains = fma_chains;
 #ifdef DOT8
-    if (!strcmp(argv[1], "int8")) chains = int8_chains;
+  if (!strcmp(argv[1], "int8")) chains = int8_chains;
 #endif
 #ifdef __AVX512BF16__
-    if (!strcmp(argv[1], "bf16")) chains = bf16_chains;
+  if (!strcmp(argv[1], "bf16")) chains = bf16_chains;
 #endif
 #if defined(__AMX_INT8__) && defined(__AMX_BF16__)
-    if (!strncmp(argv[1], "amx_", 4) && syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18) == 0)
-        chains = !strcmp(argv[1], "amx_int8") ? amx_int8_chains : amx_bf16_chains;
+  if (!strncmp(argv[1], "amx_", 4) && syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18) == 0)
+    chains = !strcmp(argv[1], "amx_int8") ? amx_int8_chains : amx_bf16_chains;
 #endif
-    if (!chains) return 3;
-    printf("%.1f\n", rate(chains, atoi(argv[2])));
-    return 0;
+  if (!chains) return 3;
+  printf("%.1f\n", rate(chains, atoi(argv[2])));
+  return 0;
 }
