@@ -23,6 +23,6 @@ for runtime in libasan.so libubsan.so libstdc++.so; do
     fi
     preload+="$(realpath "$path") "
 done
-# tests/conftest.py sets the marker.
+# tests/conftest.py sets the marker. Capturing in Python only: a report of the sanitizers reaches the terminal.
 exec env LD_PRELOAD="$preload" ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
-    FASTDL_LIBRARY="$folder/fastdl/libfastdl_ops.so" "$python" -m pytest -m native -q "$@"
+    FASTDL_LIBRARY="$folder/fastdl/libfastdl_ops.so" "$python" -m pytest -m native -q --capture=sys "$@"

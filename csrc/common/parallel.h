@@ -17,14 +17,16 @@ static inline Range range(int64_t items, int thread, int team) {
   return {items * thread / team, items * (thread + 1) / team};
 }
 
-// body(thread, team) on at most `wanted` threads; barriers inside are `#pragma omp barrier`.
+// body(thread, team) on at most `wanted` threads; barriers inside are `#pragma omp barrier`. Called from inside another
+// region it makes a team of one, whose barriers do not wait for the outer team.
 template <class Body>
 static inline void parallel_region(int wanted, const Body& body) {
-  if (wanted <= 1 || omp_in_parallel()) {
+  const bool nested = omp_in_parallel();
+  if (wanted <= 1 && !nested) {
     body(0, 1);
     return;
   }
-#pragma omp parallel num_threads(wanted)
+#pragma omp parallel num_threads(nested ? 1 : wanted)
   body(omp_get_thread_num(), omp_get_num_threads());
 }
 

@@ -44,6 +44,15 @@ inline const uint8_t* checked_panels(const Tensor& packed, int format, int64_t r
   return (const uint8_t*)packed.const_data_ptr();
 }
 
+// Buffers inside one allocation start at multiples of 64 bytes: a cache line, and the widest vector.
+inline int64_t padded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+inline Tensor allocate_bytes(int64_t bytes) { return torch::stable::empty({bytes + 64}, ScalarType::Byte); }
+
+inline uint8_t* first_byte(const Tensor& memory) {
+  return (uint8_t*)(((uintptr_t)memory.mutable_data_ptr() + 63) & ~(uintptr_t)63);
+}
+
 inline int thread_count() { return (int)torch::stable::get_num_threads(); }
 
 }  // namespace fastdl

@@ -85,8 +85,6 @@ std::vector<Layer> checked_layers(const std::vector<Tensor>& w, const std::vecto
   return out;
 }
 
-int64_t aligned(int64_t bytes) { return (bytes + 127) / 64 * 64; }
-
 // The buffers of one call. With a single token every thread normalizes and prepares the activations for itself (h then
 // lies in its scratch): half a microsecond of arithmetic done twice costs less than a barrier.
 struct Memory {
@@ -103,20 +101,20 @@ Memory allocate(const Shape& s, const QuantMatmulKernels& products, int64_t atte
     const int64_t bytes = products.prepared_block_bytes(p);
     if ((p == s.activation || p == PRECISION_FP32) && bytes > block) block = bytes;
   }
-  const int64_t prepared = aligned((widest + 31) / 32 * s.n * block);
+  const int64_t prepared = padded((widest + 31) / 32 * s.n * block);
   int64_t scratch = products.scratch_bytes() > attention_bytes ? products.scratch_bytes() : attention_bytes;
-  scratch = aligned(scratch > s.width * 4 ? scratch : s.width * 4);
-  const int64_t h = aligned(s.n * s.width * 4), qkv = aligned(s.n * s.qkv_rows() * 4);
-  const int64_t att = aligned(s.n * s.q_rows() * 4), ff = aligned(s.n * s.ff * 4);
+  scratch = padded(scratch > s.width * 4 ? scratch : s.width * 4);
+  const int64_t h = padded(s.n * s.width * 4), qkv = padded(s.n * s.qkv_rows() * 4);
+  const int64_t att = padded(s.n * s.q_rows() * 4), ff = padded(s.n * s.ff * 4);
   const int copies = s.n == 1 ? team : 1;
-  Memory m{torch::stable::empty({h + qkv + att + ff + copies * prepared + team * scratch + 64}, ScalarType::Byte),
+  Memory m{allocate_bytes(h + qkv + att + ff + copies * prepared + team * scratch),
            nullptr,
            nullptr,
            nullptr,
            nullptr,
            {},
            {}};
-  uint8_t* at = (uint8_t*)(((uintptr_t)m.keep.mutable_data_ptr() + 63) & ~(uintptr_t)63);
+  uint8_t* at = first_byte(m.keep);
   m.h = (float*)at, at += h;
   m.qkv = (float*)at, at += qkv;
   m.att = (float*)at, at += att;

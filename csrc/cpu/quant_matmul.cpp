@@ -57,9 +57,9 @@ Tensor quant_matmul(const Tensor& x_, const Tensor& packed, const std::optional<
   chunk = tokens < chunk ? tokens : chunk;
   const int team = thread_count();
   const int64_t scratch_bytes = k.scratch_bytes();
-  const Tensor memory = torch::stable::empty({chunk * token_bytes + team * scratch_bytes + 64}, ScalarType::Byte);
-  uint8_t* prepared = (uint8_t*)(((uintptr_t)memory.mutable_data_ptr() + 63) & ~(uintptr_t)63);
-  uint8_t* scratch = prepared + chunk * token_bytes;
+  const Tensor memory = allocate_bytes(padded(chunk * token_bytes) + team * scratch_bytes);
+  uint8_t* prepared = first_byte(memory);
+  uint8_t* scratch = prepared + padded(chunk * token_bytes);
 
   const int64_t x_width = x_format == FORMAT_F32 ? 4 : 2, panels = panel_count(rows);
   const uint8_t* x_data = (const uint8_t*)x.const_data_ptr();
@@ -103,8 +103,8 @@ Tensor quant_matmul_backward(const Tensor& grad_, const Tensor& packed, int64_t 
   const QuantMatmulKernels& k = quant_matmul_table();
   const int team = thread_count();
   const int64_t scratch_bytes = k.scratch_bytes(), blocks = (cols + 31) / 32;
-  const Tensor memory = torch::stable::empty({team * scratch_bytes + 64}, ScalarType::Byte);
-  uint8_t* scratch = (uint8_t*)(((uintptr_t)memory.mutable_data_ptr() + 63) & ~(uintptr_t)63);
+  const Tensor memory = allocate_bytes(team * scratch_bytes);
+  uint8_t* scratch = first_byte(memory);
   parallel_region(blocks > 1 ? team : 1, [&](int thread, int threads) {
     const Range part = range(blocks, thread, threads);
     k.backward(args, part.begin, part.end, scratch + thread * scratch_bytes);
