@@ -82,9 +82,6 @@ def _unfit(path: Path) -> str | None:
 
 def _load() -> None:
     """Load the compiled library, once; remember why not. Called at the end of ``import fastdl``."""
-    cap = os.environ.get("FASTDL_ISA")
-    if cap is not None and cap not in LEVEL_CAPS:
-        raise BackendError(f"FASTDL_ISA={cap!r} is no CPU level; expected one of {', '.join(LEVEL_CAPS[:5])}")
     _native_state.library, _native_state.error = None, None
     path = library_path()
     try:
@@ -113,6 +110,13 @@ def native_loaded() -> bool:
 def native_error() -> str | None:
     """Why the compiled library is not loaded; None when it is."""
     return _native_state.error
+
+
+def check_environment() -> None:
+    """Raise BackendError if FASTDL_ISA names no CPU level. The import lets it pass, so that the message can be shown
+    without a traceback; every choice of a back end asks."""
+    if _cap not in LEVEL_CAPS:
+        raise BackendError(f"FASTDL_ISA={_cap!r} is no CPU level; expected one of {', '.join(LEVEL_CAPS[:5])}")
 
 
 def _library_or_raise() -> ctypes.CDLL:
@@ -250,6 +254,7 @@ def choose(
 
     An explicit choice that cannot run raises :class:`BackendError`; it never falls back.
     """
+    check_environment()
     device = torch.device(device)
     overrides = refusals or {}
     source = "backend="

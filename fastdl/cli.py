@@ -13,6 +13,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from . import backend
+
 FORMATTER = argparse.RawDescriptionHelpFormatter
 MODEL_HELP = "GGUF file; without it the demo model, which `fastdl pull` fetches"
 
@@ -83,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # argparse has printed help or its message
         return stop.code if isinstance(stop.code, int) else 2
     try:
+        backend.check_environment()
         status = arguments.run(arguments)
         sys.stdout.flush()
         return status or 0

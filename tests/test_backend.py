@@ -154,10 +154,14 @@ def test_environment_caps_the_level(native):
     assert shown.stdout.strip() == "scalar", shown.stderr
 
 
-def test_unknown_level_in_the_environment_is_an_error():
-    shown = python("import fastdl", FASTDL_ISA="avx1024")
-    assert shown.returncode == 1
+@pytest.mark.parametrize(
+    "code",
+    ["from fastdl import backend; backend.check_environment()", "from fastdl.cli import main; print(main(['info']))"],
+)
+def test_unknown_level_in_the_environment_is_an_error(code):
+    shown = python(code, FASTDL_ISA="avx1024")
     assert "FASTDL_ISA='avx1024' is no CPU level; expected one of scalar, avx2, avx512, amx, amx-twin" in shown.stderr
+    assert ("Traceback" not in shown.stderr and shown.stdout.strip() == "1") if "cli" in code else shown.returncode == 1
 
 
 # ---- the compiled library
