@@ -37,6 +37,12 @@ void prepare_int8(const float* x, Q8Block* out) {
     largest = vmax(largest, vabs(v));
     check = vfma(v, vset1(0.0f), check);  // NaN if any value is NaN or infinite: it has to reach the result
   }
+  const float bad = vsum(check);  // 0 or NaN
+  if (bad != bad) {
+    memset(out, 0, sizeof *out);
+    out->d = out->sum = bad;
+    return;
+  }
   const float amax = vhmax(largest);
   const bool usable = amax > 1e-30f;  // below, 127 / amax could overflow: such a block counts as zeros
   const float inverse = usable ? 127.0f / amax : 0.0f;
@@ -50,7 +56,7 @@ void prepare_int8(const float* x, Q8Block* out) {
     }
     sums[half] = vsumi(sum);
   }
-  out->d = (usable ? amax / 127.0f : 0.0f) + vsum(check);
+  out->d = usable ? amax / 127.0f : 0.0f;
   out->sum = out->d * (float)(sums[0] + sums[1]);
   out->nsum[0] = -sums[0];
   out->nsum[1] = -sums[1];
