@@ -87,6 +87,10 @@ def test_destination(tmp_path, source):
     assert (tmp_path / "out.gguf").read_text() == "precious"
     quantize_file(source, tmp_path / "out.gguf", progress=False, overwrite=True)
     assert only(tmp_path, "*") == ["out.gguf"]
+    os.mkfifo(tmp_path / "pipe")  # stands for /dev/null, which root could replace
+    with pytest.raises(FileExistsError, match="pipe: is not a regular file"):
+        quantize_file(source, tmp_path / "pipe", progress=False, overwrite=True)
+    assert (tmp_path / "pipe").is_fifo()
 
 
 @pytest.mark.parametrize("how", ["same", "hardlink", "symlink", "shard"])

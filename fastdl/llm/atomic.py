@@ -23,13 +23,16 @@ def check_destination(dst: str | os.PathLike[str], overwrite: bool) -> Path:
     Raises
     ------
     IsADirectoryError, NotADirectoryError, FileExistsError
-        ``dst`` is a folder, its folder is missing, or it exists and ``overwrite`` is False.
+        ``dst`` is a folder, its folder is missing, it exists and ``overwrite`` is False, or it is a device, a pipe or a
+        socket (which a rename would replace by a file: root's /dev/null, say).
     """
     path = Path(os.path.realpath(dst))  # through a symbolic link: the link stays, its target is replaced
     if path.is_dir():
         raise IsADirectoryError(f"{dst}: is a folder; give the name of the file to write")
     if not path.parent.is_dir():
         raise NotADirectoryError(f"{dst}: the folder {path.parent} does not exist")
+    if path.exists() and not path.is_file():
+        raise FileExistsError(f"{dst}: is not a regular file; give the name of the file to write")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{dst}: exists already; pass overwrite=True (--force on the command line) to replace it")
     return path
