@@ -80,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     >>> main(["info"])                                                                # doctest: +SKIP
     0
     """
+    _open_closed_streams()
     try:
         arguments = parser().parse_args(argv)
     except SystemExit as stop:  # argparse has printed help or its message
@@ -100,6 +101,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"fastdl: error: {message_of(error)}", file=sys.stderr)
         return 1
+
+
+def _open_closed_streams() -> None:
+    """A stream that the caller has closed (`<&-`) is None in Python: it becomes the null device."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (for the process's life)
 
 
 def message_of(error: BaseException) -> str:
@@ -231,18 +239,18 @@ def _sampling_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seed", type=int, metavar="N", help="of the random draws")
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"expected a number >= 0, got {value}")
+def _count(text: str, low: int = 0) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number >= {low}, got {text!r}") from None
+    if value < low:
+        raise argparse.ArgumentTypeError(f"expected a number >= {low}, got {value}")
     return value
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a number >= 1, got {value}")
-    return value
+    return _count(text, 1)
 
 
 if __name__ == "__main__":

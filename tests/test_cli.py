@@ -150,13 +150,14 @@ def test_errors_are_one_line_and_status_1(capsys, model, arguments, message):
         ("dance",),
         ("generate", "-n", "-1", "x"),
         ("generate", "-n", "many", "x"),
+        ("generate", "-t", "0", "x"),
         ("bench", "-r", "0"),
         ("quantize", "a"),
     ],
 )
 def test_wrong_usage_is_status_2(capsys, arguments):
     status, _, err = run(capsys, *arguments)
-    assert status == 2 and "usage: fastdl" in err
+    assert status == 2 and "usage: fastdl" in err and "_count" not in err and "_positive" not in err
 
 
 @pytest.mark.parametrize("name", [*cli.EXAMPLES, None])
@@ -197,6 +198,13 @@ def test_ctrl_c_prints_statistics_and_exits_130(model):
     assert first and time.monotonic() - clock < 30
     if process.returncode != 0:  # it may have met a stop token before the signal came
         assert process.returncode == 130 and b"tokens/s" in err and b"Traceback" not in err
+
+
+@pytest.mark.parametrize("arguments", ["generate -n 3 -m MODEL -", "generate -n 3 -m MODEL hill", "chat -m MODEL"])
+def test_closed_streams_count_as_empty(model, arguments):
+    line = " ".join([*command(*arguments.replace("MODEL", str(model)).split()), "<&- >&-"])
+    done = subprocess.run(["sh", "-c", line], stderr=subprocess.PIPE, timeout=120)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr
 
 
 def test_reader_that_goes_away(model):
