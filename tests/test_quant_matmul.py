@@ -150,6 +150,8 @@ def test_strides_and_autocast(where):
     y = ops.quant_matmul(x, w, backend=where)
     torch.testing.assert_close(y, ops.quant_matmul(x.contiguous(), w, backend=where))
     torch.testing.assert_close(ops.quant_matmul(x[::2, None], w, backend=where), y[::2, None])
+    bias = torch.randn(2 * w.shape[0])[::2]
+    assert torch.equal(ops.quant_matmul(x, w, bias, backend=where), ops.quant_matmul(x, w, bias.clone(), backend=where))
     x.requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast = ops.quant_matmul(x, w, backend=where)
@@ -232,6 +234,7 @@ BAD = {
     "x dtype": (lambda: ops.quant_matmul(X.long(), W), TypeError, "x: expected float32, bfloat16, .* got torch.int64"),
     "x shape": (lambda: ops.quant_matmul(X[:, 1:], W), ValueError, r"x: expected shape \[..., 64\] .* got \(2, 63\)"),
     "x scalar": (lambda: ops.quant_matmul(torch.tensor(1.0), W), ValueError, r"x: expected shape .* got \(\)"),
+    "x layout": (lambda: ops.quant_matmul(X.to_sparse(), W), TypeError, r"x: .* torch.sparse_coo; .* x.to_dense\(\)"),
     "x device": (
         lambda: ops.quant_matmul(X.to("meta"), W),
         ValueError,

@@ -120,6 +120,7 @@ def test_copies_and_moves():
     half = copy.deepcopy(layer).half()
     assert half.bias.dtype == torch.float16 and half(x.half()).dtype == torch.float16
     assert same_weights(half.float().to(torch.float32), half)
+    assert torch.equal(copy.deepcopy(layer).type(torch.float32)(x), layer(x))  # casts every dtype, but not the codes
     moved = copy.deepcopy(layer).to("meta")
     assert moved.weight.device.type == "meta" and moved.weight.layout == "gguf"
     assert repr(layer) == "QuantLinear(in_features=64, out_features=48, bias=True, format=q4_1)"
@@ -260,6 +261,7 @@ BAD = {
         "include: 'dwon' matches no layer; the layers are embed",
     ),
     "exclude": (Tied, {"exclude": "lm_head"}, ValueError, "exclude: 'lm_head' matches no layer"),
+    "pattern alone": (Tied, {"include": 3}, TypeError, "include: expected names or patterns"),
     "pattern": (Tied, {"include": [3]}, TypeError, "include: expected names or patterns"),
     "everything": (Tied, {"exclude": "*"}, ValueError, "model: nothing to quantize"),
     "no layers": (torch.nn.ReLU, {}, ValueError, "model: nothing to quantize .*no Linear or Embedding"),
@@ -290,3 +292,10 @@ def test_bad_input_of_the_modules():
         nn.QuantLinear.from_linear(torch.nn.Linear(33, 4))
     with pytest.raises(ValueError, match="cols: q4_1 needs rows of a multiple of 32"):
         nn.QuantLinear(33, 4)
+    layer = nn.QuantLinear.from_linear(torch.nn.Linear(64, 4, bias=False))
+    x = torch.randn(2, 64)
+    before = layer(x)
+    for value, message in (([1], "uint8 bytes of q4_1, got list"), (layer.weight.to_gguf().to("meta"), "meta device")):
+        with pytest.raises(RuntimeError, match=f"weight_q4_1: .*{message}"):
+            layer.load_state_dict({"weight_q4_1": value})
+    assert torch.equal(layer(x), before)

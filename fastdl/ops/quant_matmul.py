@@ -115,7 +115,7 @@ def quant_matmul(
         level = _cpu_level() if chosen == "cpu" else "torch"
         activation = auto_activation(level, x.dtype, math.prod(x.shape[:-1]))
     if bias is not None:
-        bias = bias.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        bias = bias.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
     op = torch.ops.fastdl.quant_matmul if chosen == "cpu" else torch.ops.fastdl.quant_matmul_torch
     data = _packed(w) if chosen == "cpu" else w.data
     return op(x, data, bias, w.fmt.ggml_id, rows, ACTIVATIONS[activation])
@@ -215,6 +215,8 @@ def _check_matmul(x: Tensor, w: QuantTensor, bias: Tensor | None, activation: st
         raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES:
         raise TypeError(f"x: expected float32, bfloat16, float16 or float64, got {x.dtype}")
+    if x.layout != torch.strided:
+        raise TypeError(f"x: expected a dense tensor, got layout {x.layout}; convert it with x.to_dense()")
     rows, cols = w.shape
     if x.dim() == 0 or x.shape[-1] != cols:
         raise ValueError(f"x: expected shape [..., {cols}] for a weight of shape {w.shape}, got {tuple(x.shape)}")

@@ -97,6 +97,8 @@ def _select(names: list[str], include: str | Iterable[str] | None, exclude: str 
     """Names that include takes and exclude leaves; a pattern that matches nothing is a mistake worth an error."""
     chosen = {}
     for argument, patterns in (("include", include), ("exclude", exclude)):
+        if patterns is not None and not isinstance(patterns, Iterable):
+            raise TypeError(f"{argument}: expected names or patterns (str), got {type(patterns).__name__}")
         patterns = [patterns] if isinstance(patterns, str) else list(patterns or ())
         for pattern in patterns:
             if not isinstance(pattern, str):

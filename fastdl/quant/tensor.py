@@ -155,19 +155,24 @@ class QuantTensor:
         return op(data, ids, self.fmt.ggml_id, *self.shape, dtype)
 
     def apply_(self, fn) -> QuantTensor:
-        """What nn.Module._apply does to a parameter: fn maps a tensor, e.g. to another device. The layout follows."""
+        """What nn.Module._apply does to a parameter: fn maps a tensor, e.g. to another device. The layout follows;
+        bytes stay bytes, also where fn casts every dtype (``module.type(torch.float32)``)."""
         data = self.data
         if data.dim() == 1 and fn(data.new_empty(0)).device != data.device:
             data = self.to_gguf()  # panel16 is for the CPU only
-        self.data = _normal(fn(data))
+        moved = fn(data)
+        self.data = _normal(moved if moved.dtype == torch.uint8 else data.to(moved.device))
         self._gguf = None
         return self
 
     def load_(self, gguf: Tensor, argument: str = "gguf") -> QuantTensor:
         """Replace the weights by these GGUF bytes of the same format and shape; the layout stays."""
         expected = (self.shape[0], self.fmt.row_bytes(self.shape[1]))
-        if gguf.dtype != torch.uint8:
-            raise TypeError(f"{argument}: expected uint8 bytes of {self.format}, got {gguf.dtype}")
+        if not isinstance(gguf, Tensor) or gguf.dtype != torch.uint8:
+            got = gguf.dtype if isinstance(gguf, Tensor) else type(gguf).__name__
+            raise TypeError(f"{argument}: expected uint8 bytes of {self.format}, got {got}")
+        if gguf.is_meta and not self.data.is_meta:
+            raise ValueError(f"{argument}: is on the meta device, it has no values to load")
         if tuple(gguf.shape) != expected:
             raise ValueError(f"{argument}: expected {expected} bytes of {self.format}, got {tuple(gguf.shape)}")
         packed = self.layout == "panel16"
