@@ -182,8 +182,9 @@ def test_perplexity(lm):
     assert lm.perplexity(text, window=20) == pytest.approx(expected(20), rel=1e-3)
     with pytest.raises(ValueError, match="text"):
         lm.perplexity("")
-    with pytest.raises(ValueError, match="window"):
-        lm.perplexity(text, window=1)
+    for window, error in ((1, ValueError), ("9", TypeError)):
+        with pytest.raises(error, match="window"):
+            lm.perplexity(text, window=window)
 
 
 def test_empty_prompt(lm, tmp_path):
@@ -206,11 +207,15 @@ def test_threads_are_restored(tmp_path):
         ({"prompt": [10**6]}, ValueError, "out of range"),
         ({"prompt": [-1]}, ValueError, "out of range"),
         ({"prompt": [1.5]}, TypeError, "integer token ids"),
+        ({"prompt": None}, TypeError, "prompt: expected text or integer token ids, got NoneType"),
+        ({"prompt": b"bytes"}, TypeError, "prompt: expected text or integer token ids, got bytes"),
         ({"prompt": [1] * 300}, ValueError, "300 tokens do not fit in the context of 256"),
         ({"prompt": "a", "max_new_tokens": -1}, ValueError, "max_new_tokens"),
         ({"prompt": "a", "max_new_tokens": 1.0}, TypeError, "max_new_tokens"),
         ({"prompt": "a", "stop": [""]}, ValueError, "stop"),
         ({"prompt": "a", "stop": [3]}, TypeError, "stop"),
+        ({"prompt": "a", "stop": 3}, TypeError, "stop: expected strings, got 3"),
+        ({"prompt": "a", "stop_ids": 3}, TypeError, "stop_ids: expected integer token ids, got int"),
         ({"prompt": "a", "stop_ids": [10**6]}, ValueError, "stop_ids"),
         ({"prompt": "a", "logprobs": 1000}, ValueError, "logprobs"),
         ({"prompt": "a", "temperature": -1.0}, ValueError, "temperature"),
@@ -223,6 +228,12 @@ def test_bad_input(lm, arguments, error, message):
 
 
 def test_bad_ids_for_logits(lm):
-    for ids, error in (([], ValueError), ([lm.config.vocab], ValueError), ([0] * 257, ValueError), (["a"], TypeError)):
+    for ids, error in (
+        ([], ValueError),
+        ([lm.config.vocab], ValueError),
+        ([0] * 257, ValueError),
+        (["a"], TypeError),
+        (3, TypeError),
+    ):
         with pytest.raises(error, match="ids"):
             lm.logits(ids)

@@ -164,6 +164,7 @@ def test_refused_options(tmp_path):
         ({"activation": "int4"}, ValueError, "activation"),
         ({"threads": 0}, ValueError, "threads"),
         ({"threads": 1.5}, TypeError, "threads"),
+        ({"threads": 10**6}, ValueError, "threads: expected at most 1024"),
         ({"context": 1000}, ValueError, "256"),
         ({"context": 0}, ValueError, "context"),
         ({"backend": "cuda"}, BackendError, "cuda"),

@@ -18,6 +18,8 @@ from .weights import load_weights
 
 DEFAULT_CONTEXT = 8192  # longer ones are for who asks: the KV cache of a large model takes 100 KB and more a token
 
+MAX_THREADS = 1024  # OpenMP ends the process where the system gives no more threads
+
 
 def load(
     path: str | os.PathLike[str] | None = None,
@@ -66,6 +68,8 @@ def load(
             raise TypeError(f"{name}: expected an integer or None, got {value!r}")
         if value is not None and value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
+    if threads is not None and threads > MAX_THREADS:
+        raise ValueError(f"threads: expected at most {MAX_THREADS}, got {threads}")
     chosen = backends.choose("decoder_blocks", backend, device=torch.device("cpu"), dtype=torch.float32)
     if path is None:
         path = demo_path()

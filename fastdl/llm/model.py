@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -194,7 +194,7 @@ class LM:
         """
         sampling = Sampling(temperature, top_k, top_p, min_p, repeat_penalty, repeat_last, seed)
         options = self._options(sampling, max_new_tokens, stop, stop_ids, logprobs, reuse)
-        ids = self.tokenizer.encode(prompt, add_special=True) if isinstance(prompt, str) else list(prompt)
+        ids = self.tokenizer.encode(prompt, add_special=True) if isinstance(prompt, str) else _listed(prompt, "prompt")
         if not ids:
             if self.tokenizer.bos_id is None:
                 raise ValueError("prompt: is empty, and this model has no BOS token to begin with")
@@ -241,8 +241,11 @@ class LM:
         return self.chat_stream(messages, **options).finish()
 
     def _options(self, sampling: Sampling, max_new_tokens, stop, stop_ids, logprobs, reuse) -> Options:
+        if not (stop is None or isinstance(stop, Iterable)):
+            raise TypeError(f"stop: expected strings, got {stop!r}")
         stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
         Options(max_new_tokens, sampling, stops, frozenset(), logprobs, reuse)  # checks them
+        stop_ids = _listed(() if stop_ids is None else stop_ids, "stop_ids")
         ids = set(self._checked(stop_ids, "stop_ids") if stop_ids else ())
         for text in stops:  # control tokens are not shown as text, so they stop by id
             encoded = self.tokenizer.encode(text)
@@ -290,7 +293,7 @@ class LM:
 
     def _checked(self, ids: Sequence[int] | Tensor, name: str = "ids") -> list[int]:
         """Token ids as a list of int, in range, at least one, at most `context`."""
-        values = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+        values = _listed(ids, name)
         try:
             values = [operator.index(i) for i in values]
         except TypeError:
@@ -325,3 +328,13 @@ class LM:
             yield
         finally:
             torch.set_num_threads(before)
+
+
+def _listed(ids: Sequence[int] | Tensor, name: str) -> list:
+    """Ids as a list, unchecked. Text and bytes are refused here: bytes would pass for small ids."""
+    if isinstance(ids, Tensor):
+        ids = ids.tolist()
+    if isinstance(ids, (str, bytes, bytearray)) or not isinstance(ids, Iterable):
+        text = "text or " if name == "prompt" else ""
+        raise TypeError(f"{name}: expected {text}integer token ids, got {type(ids).__name__}")
+    return list(ids)

@@ -27,6 +27,8 @@ def perplexity(lm: LM, text: str, *, window: int | None, progress: bool) -> floa
     ids = lm.tokenizer.encode(text)
     bos = [lm.tokenizer.bos_id] if lm.tokenizer.add_bos else []
     window = min(lm.context, 2048) if window is None else window
+    if isinstance(window, bool) or not isinstance(window, int):
+        raise TypeError(f"window: expected an integer or None, got {window!r}")
     if not len(bos) + 2 <= window <= lm.context:
         raise ValueError(f"window: expected {len(bos) + 2} to {lm.context} tokens, got {window}")
     if len(ids) + len(bos) < 2:

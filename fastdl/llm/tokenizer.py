@@ -180,7 +180,11 @@ class Tokenizer:
             try:
                 ids = self._encoder.encode(text, add_special_tokens=False).ids
             except (UnicodeEncodeError, TypeError):
-                text.encode("utf-8")  # says where the lone surrogate is (a UnicodeEncodeError is a ValueError)
+                try:
+                    text.encode("utf-8")
+                except UnicodeEncodeError as error:  # bytes that were no UTF-8, on stdin for example, become surrogates
+                    where = f"at character {error.start} (bytes that are no UTF-8?)"
+                    raise ValueError(f"text: is not valid Unicode {where}: {error.reason}") from None
                 raise
         if add_special:
             ids = [self.bos_id] * self.add_bos + ids + [self.eos_id] * self.add_eos
