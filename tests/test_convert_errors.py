@@ -253,7 +253,8 @@ def test_folder_hints(tmp_path):
 
 # The child converts, says so after the first tensor, and then is slow enough for the parent to interfere.
 CHILD = """
-    import sys, time
+    import signal, sys, time
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits an ignored SIGINT
     from fastdl.llm import convert
     pad, calls = convert._pad, []
     def slow(out, alignment):

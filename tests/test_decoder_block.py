@@ -113,11 +113,12 @@ def test_reference_is_transformers():
 
 @pytest.mark.parametrize("size", SIZES)
 def test_reference_in_pieces_is_the_whole(size):
+    """float32 caches: in float16 a product that sums in another order may round a key to the other side."""
     stack, x = make_stack(size, biases=True), torch.randn(6, SIZES[size][0])
-    whole, k, _ = run(size, stack, x, 6, [], "torch")
-    pieces, k2, _ = run(size, stack, x, 8, [1, 4], "torch")
-    torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(k2[:, :, :6], k, rtol=1e-3, atol=1e-3)
+    whole, k, _ = run(size, stack, x, 6, [], "torch", dtype=torch.float32)
+    pieces, k2, _ = run(size, stack, x, 8, [1, 4], "torch", dtype=torch.float32)
+    assert relative(pieces, whole) < 1e-5
+    assert relative(k2[:, :, :6], k) < 1e-5
     assert k2[:, :, 6:].isnan().all()
 
 

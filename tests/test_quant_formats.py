@@ -80,12 +80,24 @@ def test_bytes_are_ggmls_hypothesis(name, w):
     values = w.view(-1, 32)
     spread = values.amax(1) - values.amin(1) if name == "q4_1" else values.abs().amax(1)
     defined = (spread == 0) | (spread > 5e-37)
-    first = (values == values.amin(1, keepdim=True)).int().argmax(1, keepdim=True)
+    equal = (values == values.amin(1, keepdim=True)).numpy()
+    first = torch.from_numpy(equal.argmax(1, keepdims=True))  # numpy's argmax is the first
     if name == "q4_1":  # numpy's minimum of 0.0 and -0.0 is either; ggml's, and ours, the first
         theirs[:, 2:4] = values.gather(1, first).half().view(torch.uint8)
     assert torch.equal(blocks[defined], theirs[defined])
     scales = 2 if name == "q8_0" else 4
     assert torch.equal(blocks[:, :scales], theirs[:, :scales])
+
+
+def test_blocks_of_zeros_of_both_signs():
+    """ggml keeps the first of the equal minima, sign and all, and its d is +0.0."""
+    signs = torch.randint(0, 2, (64, 96), generator=torch.Generator().manual_seed(0)).bool()
+    w = torch.zeros(64, 96).copysign(signs.float() - 0.5)
+    for coded in (encode_rows(w, FORMATS["q4_1"]), encode_rows_torch(w, FORMATS["q4_1"])):
+        blocks = coded.view(-1, 20)
+        assert torch.equal(blocks[:, 3] == 0x80, w.view(-1, 32)[:, 0].signbit())
+        blocks[:, 3] = 0
+        assert not blocks.any()
 
 
 @pytest.mark.parametrize("name", FORMATS)

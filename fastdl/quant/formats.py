@@ -88,10 +88,16 @@ def _q4_1_decode(blocks: Tensor, dtype: torch.dtype) -> Tensor:
     return codes.to(dtype).mul_(d).add_(m)
 
 
+def _first_minimum(blocks: Tensor) -> Tensor:
+    """[n, 32] -> [n, 1]. Of -0.0 and 0.0 ggml keeps whichever comes first; torch's amin and argmin take either."""
+    places = torch.arange(blocks.shape[1], device=blocks.device)
+    equal = blocks == blocks.amin(dim=1, keepdim=True)
+    return blocks.gather(1, places.where(equal, places[-1]).amin(dim=1, keepdim=True))
+
+
 def _q4_1_encode(blocks: Tensor) -> Tensor:
-    # gather(argmin), not min: of -0.0 and 0.0 ggml keeps whichever comes first.
-    low = blocks.gather(1, blocks.argmin(dim=1, keepdim=True))
-    d = _divide(blocks.amax(dim=1, keepdim=True) - low, 15.0)
+    low = _first_minimum(blocks)
+    d = _divide(blocks.amax(dim=1, keepdim=True) - low + 0.0, 15.0)  # + 0.0: -0.0 - 0.0 is -0.0, ggml's d is 0.0
     codes = ((blocks - low) * _inverse(d) + 0.5).to(torch.uint8).clamp_(max=15)
     return torch.cat([_half_bytes(d), _half_bytes(low), codes[:, :16] | (codes[:, 16:] << 4)], dim=1)
 
