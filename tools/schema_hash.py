@@ -17,20 +17,20 @@ OPS = Path(__file__).resolve().parent.parent / "fastdl" / "ops"
 
 
 def collect(folder: Path = OPS) -> list[str]:
-    """Every string literal passed to ``define(...)`` or ``_library.define(...)`` in the folder, sorted."""
+    """Every schema literal that the folder passes to ``define(...)`` or ``Op(...)``, sorted."""
     schemas = []
     for path in sorted(folder.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
             if not isinstance(node, ast.Call):
                 continue
             name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", None)
-            if name != "define":
+            if name not in ("define", "Op"):
                 continue
             if not (
                 len(node.args) == 1 and isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str)
             ):
                 raise SystemExit(
-                    f"{path}:{node.lineno}: define() takes one string literal, so that the build can read it"
+                    f"{path}:{node.lineno}: {name}() takes one string literal, so that the build can read it"
                 )
             schemas.append(" ".join(node.args[0].value.split()))
     return sorted(schemas)

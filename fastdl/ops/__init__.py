@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from .activation import swiglu
 from .attention import attention
 from .decoder_block import DecoderLayer, DecoderStack, decoder_blocks
-from .norm import rms_norm
+from .norm import layer_norm, rms_norm
 from .quant_matmul import auto_activation, quant_embedding, quant_matmul, quantize
 from .rope import rope, rope_table
 
@@ -32,7 +32,7 @@ ROOMS: dict[str, Room] = {
         ("quantize", "quant_matmul", "quant_embedding", "auto_activation"), ("cpu",), ("QuantLinear", "QuantEmbedding")
     ),
     "decoder_block": Room(("decoder_blocks", "DecoderStack", "DecoderLayer"), ("cpu",)),
-    "norm": Room(("rms_norm",)),
+    "norm": Room(("layer_norm", "rms_norm"), ("cpu",), ("LayerNorm", "RMSNorm")),
     "rope": Room(("rope", "rope_table")),
     "attention": Room(("attention",)),
     "activation": Room(("swiglu",)),
@@ -46,6 +46,7 @@ __all__ = [
     "attention",
     "auto_activation",
     "decoder_blocks",
+    "layer_norm",
     "quant_embedding",
     "quant_matmul",
     "quantize",

@@ -1,65 +1,231 @@
-"""RMS norm: contract of the room `norm`.
+"""Room norm: layer norm and RMS norm, with the residual add and the dropout that stand before them in a transformer.
 
-    y = x / sqrt(mean(x^2) + eps) * weight
+    s     = residual + dropout(x)                 x without the two; rounded to the dtype of x, returned on request
+    layer h = (s - mean(s)) / sqrt(var(s) + eps)          var: mean of the squared distances from the mean
+    rms   h = s / sqrt(mean(s^2) + eps)
+    y     = h * (weight + offset) + bias          rounded to the dtype of x; statistics and products are float32
 
-| back end | status |
-| --- | --- |
-| torch | the reference, differentiable twice, any device |
-| cpu, cuda, triton | none of their own yet: on the CPU this norm runs inside `decoder_blocks`, where it is fused |
+dtypes of x: float32, bfloat16, float16, and float64 on the torch back end. weight and bias may have another dtype.
+Gradients to x, residual, weight and bias; twice (statistics are recomputed from s in the double backward).
 
-Test: pytest tests/test_norm.py
+Back ends: cpu (csrc/cpu/norm*.cpp), torch (fastdl/reference/norm.py). What they refuse:
+
+    | back end          | refuses                | because                             |
+    | cpu               | float64                | its kernels accumulate in float32   |
+
+Under CUDA autocast layer_norm computes in float32, as torch's does. Test: ``pytest tests/test_norm.py``; benchmark:
+``pytest bench/bench_norm.py``.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .. import backend as backends
+from .._library import Op, gradient_of, twin_of
 from ..reference import norm as reference
 
-backends.register_room("rms_norm", {})
+__all__ = ["layer_norm", "rms_norm"]
 
 
-def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-6, backend: str | None = None) -> Tensor:
-    """Root-mean-square norm over the last dimension: ``y = x / sqrt(mean(x^2) + eps) * weight``.
+def _fake_forward(x, residual, weight, bias, seed, p, eps, offset, rms):
+    rows, wide = x.shape[:-1], reference.compute_dtype(x.dtype)
+    plain = residual is None and seed is None
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(0 if plain else x.shape),
+        x.new_empty(0 if rms else rows, dtype=wide),
+        x.new_empty(rows, dtype=wide),
+    )
 
-    Parameters
-    ----------
-    x: floating point, [..., width].
-    weight: floating point [width], or None for no scaling; its dtype may differ from that of x.
-    eps: added to the mean square; not negative.
-    backend: "torch", or None for the automatic choice.
 
-    Returns
-    -------
-    Tensor [..., width] in the dtype of x (as torch.nn.functional.rms_norm); float32 inside, float64 for float64.
+def _fake_backward(
+    grad, grad_sum, s, weight, mean, rstd, seed, p, eps, offset, rms, need_weight, need_bias
+):  # fmt: skip
+    cols, wide = s.shape[-1], reference.compute_dtype(s.dtype)
+    return (
+        s.new_empty(s.shape),
+        s.new_empty(0 if seed is None else s.shape),
+        s.new_empty(cols if need_weight else 0, dtype=wide),
+        s.new_empty(cols if need_bias else 0, dtype=wide),
+    )
 
-    Raises
-    ------
-    TypeError, ValueError: not floating point; weight of another shape or device; eps negative.
-    fastdl.BackendError: a back end without this room is asked for.
 
-    Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
+FORWARD = Op(
+    "norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? seed, float p, float eps, "
+    "float offset, bool rms) -> (Tensor y, Tensor s, Tensor mean, Tensor rstd)",
+    fake=_fake_forward,
+    reference=reference.norm_forward,
+)
+BACKWARD = Op(
+    "norm_backward(Tensor grad, Tensor? grad_sum, Tensor s, Tensor? weight, Tensor mean, Tensor rstd, Tensor? seed, "
+    "float p, float eps, float offset, bool rms, bool need_weight, bool need_bias) "
+    "-> (Tensor ds, Tensor dx, Tensor dweight, Tensor dbias)",
+    fake=_fake_backward,
+    reference=reference.norm_backward,
+)
 
-    Example
-    -------
+
+def _setup(ctx, inputs, output):
+    x, residual, weight, bias, seed, ctx.p, ctx.eps, ctx.offset, ctx.rms = inputs
+    _, s, mean, rstd = output
+    plain = residual is None and seed is None
+    ctx.save_for_backward(x if plain else s, weight, mean, rstd, seed)
+    ctx.dtypes = tuple(None if t is None else t.dtype for t in (weight, bias))
+    ctx.mark_non_differentiable(*((s, mean, rstd) if plain else (mean, rstd)))
+    ctx.set_materialize_grads(False)
+
+
+def _backward(twin, ctx, grad, grad_sum, _mean, _rstd):
+    s, weight, mean, rstd, seed = ctx.saved_tensors
+    need = ctx.needs_input_grad
+    if grad is None:
+        grad = torch.zeros_like(s)
+    ds, dx, dweight, dbias = BACKWARD[twin](
+        grad, grad_sum, s, weight, mean, rstd, seed, ctx.p, ctx.eps, ctx.offset, ctx.rms, need[2], need[3]
+    )
+    return (
+        (ds if seed is None else dx) if need[0] else None,
+        ds if need[1] else None,
+        dweight.to(ctx.dtypes[0]) if need[2] else None,
+        dbias.to(ctx.dtypes[1]) if need[3] else None,
+        *[None] * 5,
+    )
+
+
+FORWARD.autograd(_setup, _backward)
+BACKWARD.autograd(*gradient_of(reference.norm_backward))
+
+
+def _refuse(*, dtype: torch.dtype, **facts) -> str | None:
+    if dtype == torch.float64:
+        return "float64: its kernels accumulate in float32; use backend='torch' or another dtype"
+    return None
+
+
+for _room in ("layer_norm", "rms_norm"):
+    backends.register_room(_room, {"cpu": _refuse})
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_sum: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Layer norm over the last dimension, of ``s = residual + dropout(x)``:
+
+        y = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias
+
+    x           [..., cols], float32, bfloat16, float16 (float64: torch back end); any strides
+    weight      [cols], floating, or None (ones)
+    bias        [cols], floating, or None (zeros)
+    eps         > 0
+    residual    like x, or None; of another dtype both are promoted, as ``residual + x`` would be
+    dropout_p   0 <= p <= 1: each element of x is zeroed with probability p and scaled by 1 / (1 - p) otherwise, by one
+                seed drawn from torch's generator; pass 0 in evaluation
+    return_sum  return (y, s): s is what the next pre-norm block adds to (x itself without residual and dropout)
+    backend     None or "auto", "cpu", "torch"
+
+    Returns y [..., cols] in the dtype of x. Zero rows give zero rows. Differentiable twice in x, residual, weight, bias.
+    Raises TypeError or ValueError naming the argument; fastdl.BackendError if ``backend`` cannot.
+
+    >>> import torch, fastdl
+    >>> x, residual = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    >>> y, s = fastdl.ops.layer_norm(x, torch.ones(8), torch.zeros(8), residual=residual, return_sum=True)
+    >>> torch.equal(s, residual + x), y.shape
+    (True, torch.Size([2, 3, 8]))
+
+    Source: Ba, Kiros and Hinton, "Layer Normalization" (2016).
+    """
+    if x.device.type == "cuda" and x.dtype in (torch.float16, torch.bfloat16) and torch.is_autocast_enabled("cuda"):
+        x = x.float()
+    return _norm("layer_norm", x, residual, weight, bias, dropout_p, eps, 0.0, return_sum, backend)
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    weight_offset: float = 0.0,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_sum: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Root-mean-square norm over the last dimension, of ``s = residual + dropout(x)``:
+
+        y = s / sqrt(mean(s^2) + eps) * (weight + weight_offset)
+
+    weight_offset  1.0 for models that store weight - 1 (Gemma)
+
+    The other arguments, what is returned and what is raised are those of `layer_norm`.
+
     >>> import torch
     >>> from fastdl import ops
-    >>> ops.rms_norm(torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, 2.0]), eps=0.0)
+    >>> ops.rms_norm(torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, 2.0]))
     tensor([[0.8485, 2.2627]])
+
+    Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
     """
-    if not x.is_floating_point():
-        raise TypeError(f"x: expected a floating point tensor, got {x.dtype}")
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x: expected [..., width] with width of at least 1, got shape {tuple(x.shape)}")
-    if weight is not None:
-        if not weight.is_floating_point():
-            raise TypeError(f"weight: expected a floating point tensor, got {weight.dtype}")
-        if weight.shape != x.shape[-1:]:
-            raise ValueError(f"weight: expected shape ({x.shape[-1]},) for this x, got {tuple(weight.shape)}")
-        if weight.device != x.device:
-            raise ValueError(f"weight: expected the device of x, {x.device}, got {weight.device}")
-    if not eps >= 0:
-        raise ValueError(f"eps: expected a number >= 0, got {eps}")
-    backends.choose("rms_norm", backend, device=x.device, dtype=x.dtype)
-    return reference.rms_norm(x, weight, eps)
+    return _norm("rms_norm", x, residual, weight, None, dropout_p, eps, weight_offset, return_sum, backend)
+
+
+def _norm(room, x, residual, weight, bias, p, eps, offset, return_sum, backend):
+    _check(x, residual, weight, bias, p, eps)
+    if residual is not None and residual.dtype != x.dtype:
+        dtype = torch.promote_types(x.dtype, residual.dtype)
+        x, residual = x.to(dtype), residual.to(dtype)
+    chosen = backends.choose(room, backend, device=x.device, dtype=x.dtype)
+    if chosen != "torch":
+        weight, bias = _parameters(x, weight, bias)
+    seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=x.device) if p > 0 else None
+    y, s, _, _ = FORWARD[twin_of(chosen, x.device)](x, residual, weight, bias, seed, p, eps, offset, room == "rms_norm")
+    if not return_sum:
+        return y
+    return y, (x if residual is None and seed is None else s)
+
+
+def _parameters(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The kernels read weight and bias of one dtype: that of x, or float32."""
+    dtypes = {t.dtype for t in (weight, bias) if t is not None}
+    if len(dtypes) > 1 or not dtypes <= {x.dtype, torch.float32}:
+        weight, bias = (None if t is None else t.float() for t in (weight, bias))
+    return weight, bias
+
+
+def _check(x, residual, weight, bias, p, eps) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+    if not x.is_floating_point() or x.layout != torch.strided:
+        raise TypeError(f"x: expected a dense floating point tensor, got {x.dtype}, layout {x.layout}")
+    shape, device = x.shape, x.device
+    if not shape or shape[-1] == 0:
+        raise ValueError(f"x: expected shape [..., cols] with cols of at least 1, got {tuple(shape)}")
+    for name, value, expected in (
+        ("weight", weight, shape[-1:]),
+        ("bias", bias, shape[-1:]),
+        ("residual", residual, shape),
+    ):
+        if value is None:
+            continue
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{name}: expected a floating point tensor or None, got {got}")
+        if value.shape != expected:
+            raise ValueError(
+                f"{name}: expected shape {tuple(expected)} for x of shape {tuple(shape)}, got {tuple(value.shape)}"
+            )
+        if value.device != device:
+            raise ValueError(f"{name}: expected the device of x, {device}, got {value.device}; move one to the other")
+    if not eps > 0:
+        raise ValueError(f"eps: expected a number > 0, got {eps}")
+    if not 0 <= p <= 1:
+        raise ValueError(f"dropout_p: expected 0 <= p <= 1, got {p}")

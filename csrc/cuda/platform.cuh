@@ -1,0 +1,101 @@
+// What a kernel file includes first: CUDA, or the emulator that plays it on the CPU (FASTDL_EMULATED), behind the same
+// names. Kernels use the words below instead of <<<>>>, __shared__ and inline PTX, and then need no #if of their own.
+//
+//   FASTDL_SHARED(float, partial, [32]);      float partial[32], shared by the block
+//   FASTDL_DYNAMIC_SHARED(float, tile);       float* tile: the bytes that the launch asked for, aligned to 128
+//   launch(kernel, grid, block, dynamic_shared, stream, arguments...) -> cudaError_t
+//   launch_cooperative(...)                   the same, all blocks alive at once: ptx::grid_barrier works
+#pragma once
+
+#include <cstdint>
+#include <utility>
+
+#if defined(FASTDL_EMULATED)
+
+#include "emulator/cuda.h"
+
+namespace fastdl::cuda {
+
+template <class... P, class... A>
+cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_shared, cudaStream_t, A&&... arguments) {
+  emulator::launch(kernel, {grid, block, dynamic_shared, false}, std::forward<A>(arguments)...);
+  return cudaSuccess;
+}
+
+template <class... P, class... A>
+cudaError_t launch_cooperative(void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_shared, cudaStream_t,
+                               A&&... arguments) {
+  emulator::launch(kernel, {grid, block, dynamic_shared, true}, std::forward<A>(arguments)...);
+  return cudaSuccess;
+}
+
+// Small, so that tests reach the second turn of a loop over rows.
+inline int multiprocessor_count() { return 2; }
+
+}  // namespace fastdl::cuda
+
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#define FASTDL_SHARED(type, name, ...) __shared__ type name __VA_ARGS__
+#define FASTDL_DYNAMIC_SHARED(type, name)                               \
+  extern __shared__ __align__(128) unsigned char fastdl_dynamic_shared[]; \
+  type* name = reinterpret_cast<type*>(fastdl_dynamic_shared)
+
+namespace fastdl::cuda {
+
+template <class... P>
+cudaError_t allow_shared(void (*kernel)(P...), size_t dynamic_shared) {
+  if (dynamic_shared <= 48 * 1024) return cudaSuccess;
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(dynamic_shared));
+}
+
+template <class... P, class... A>
+cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_shared, cudaStream_t stream,
+                   A&&... arguments) {
+  if (const cudaError_t error = allow_shared(kernel, dynamic_shared); error != cudaSuccess) return error;
+  kernel<<<grid, block, dynamic_shared, stream>>>(std::forward<A>(arguments)...);
+  return cudaGetLastError();
+}
+
+template <class... P, class... A>
+cudaError_t launch_cooperative(void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_shared, cudaStream_t stream,
+                               A&&... arguments) {
+  if (const cudaError_t error = allow_shared(kernel, dynamic_shared); error != cudaSuccess) return error;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = dynamic_shared;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, static_cast<P>(std::forward<A>(arguments))...);
+}
+
+// Of the current device; asked for once per device.
+inline int multiprocessor_count() {
+  static int counts[64] = {};
+  int device = 0;
+  cudaGetDevice(&device);
+  int& count = counts[device & 63];
+  if (!count) cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
+}  // namespace fastdl::cuda
+
+#endif
+
+namespace fastdl::cuda {
+
+using half_t = __half;
+using bf16_t = __nv_bfloat16;
+
+}  // namespace fastdl::cuda
