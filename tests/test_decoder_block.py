@@ -178,11 +178,57 @@ def test_cpu_zero_tokens_and_no_output_norm(native):
     assert relative(got, expected) < 2e-3
 
 
-def test_opcheck(native):
+@pytest.mark.parametrize("transposed", [False, True])
+def test_opcheck(native, transposed):
+    x = torch.randn(64, 3).T if transposed else torch.randn(3, 64)
     stack = make_stack("grouped").pack_()
     k, v = caches("grouped", 8, fill=0.0)
-    arguments = (torch.randn(3, 64), *stack.native_arguments(), k.clone(), v.clone(), ops.rope_table(16, 1e4, 8), None)
+    arguments = (x, *stack.native_arguments(), k.clone(), v.clone(), ops.rope_table(16, 1e4, 8), None)
     torch.library.opcheck(torch.ops.fastdl.decoder_blocks, (*arguments, 2, 4, 2, 16, 96, 1e-5, 0))
+
+
+@pytest.mark.parametrize(("pos", "n_heads"), [(6, 4), (2**63 - 1, 4), (0, 2**60 + 4)])
+def test_memory_safety_behind_the_public_function(native, pos, n_heads):
+    """The raw op refuses what leaves its memory, overflowing numbers included."""
+    stack = make_stack("grouped").pack_()
+    arguments = (torch.randn(3, 64), *stack.native_arguments(), *caches("grouped", 8), ops.rope_table(16, 1e4, 8), None)
+    with pytest.raises(RuntimeError, match=r"fastdl: (pos|n_heads)"):
+        torch.ops.fastdl.decoder_blocks(*arguments, pos, n_heads, 2, 16, 96, 1e-5, 0)
+
+
+def test_strided_vectors(native):
+    """Norms and biases may be views with a stride."""
+    dense = make_stack("grouped", biases=True)
+    vectors = ("attn_norm", "ffn_norm", "bias_q", "bias_k", "bias_v")
+
+    def strided(vector):
+        return torch.stack([vector, vector], 1)[:, 0]
+
+    layers = [
+        DecoderLayer(**{**vars(a), **{name: strided(getattr(a, name)) for name in vectors}}) for a in dense.layers
+    ]
+    stack = DecoderStack(layers, n_heads=4, n_kv_heads=2, head_dim=16, eps=1e-5, output_norm=strided(dense.output_norm))
+    x = torch.randn(3, 64)
+    results = [run("grouped", s.pack_(), x, 3, [], "cpu")[0] for s in (dense, stack)]
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("head_dim", [24, 528])
+def test_heads_that_the_kernels_do_not_take(native, head_dim):
+    def matrix(rows, cols):
+        return ops.quantize(torch.randn(rows, cols) / cols**0.5, "f32")
+
+    layer = DecoderLayer(
+        attn_norm=torch.ones(32), q=matrix(head_dim, 32), k=matrix(head_dim, 32), v=matrix(head_dim, 32),
+        o=matrix(32, head_dim), ffn_norm=torch.ones(32), gate=matrix(64, 32), up=matrix(64, 32), down=matrix(32, 64),
+    )  # fmt: skip
+    stack = DecoderStack([layer], n_heads=1, n_kv_heads=1, head_dim=head_dim, eps=1e-5).pack_()
+    k, v = torch.zeros(2, 1, 1, 4, head_dim, dtype=torch.float16)
+    arguments = (torch.randn(3, 32), stack, k, v, ops.rope_table(head_dim, 1e4, 4))
+    automatic = ops.decoder_blocks(*arguments, activation="fp32")
+    assert torch.equal(automatic, ops.decoder_blocks(*arguments, activation="fp32", backend="torch"))
+    with pytest.raises(BackendError, match=f"head_dim is {head_dim}"):
+        ops.decoder_blocks(*arguments, backend="cpu")
 
 
 def test_choice_and_refusals():

@@ -8,10 +8,12 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from raw_gguf import gguf_bytes, key, tensor, written
 from tiny_model import write_tiny_model
 
 from fastdl import BackendError, llm
 from fastdl.llm import ModelFileError, requantize
+from fastdl.llm.convert import quantize_file
 from fastdl.llm.gguf import open_gguf
 from fastdl.llm.weights import half_to_interleaved
 
@@ -94,6 +96,26 @@ def test_q4_0_and_q4_k_blocks_by_gguf():
         np.testing.assert_allclose(got, exact, rtol=0, atol=0 if name == "Q4_0" else 2e-3 * np.abs(exact).max())
 
 
+@pytest.mark.parametrize("d", [10_000.0, np.inf, np.nan])
+@pytest.mark.parametrize("quant", ["Q4_0", "Q4_K", "Q5_0"])
+def test_scales_that_q4_1_cannot_hold(tmp_path, quant, d, recwarn):
+    """10,000 is a float16, but -8 of it (Q4_0) or 63 (Q4_K) are not: no infinite weights, no warnings of numpy."""
+    size = {"Q4_0": 18, "Q4_K": 144, "Q5_0": 22}[quant]
+    blocks = np.full((256, 256 * size // (256 if quant == "Q4_K" else 32)), 0xFF, np.uint8).reshape(-1, size)
+    blocks[:, : 4 if quant == "Q4_K" else 2] = np.tile(np.array([d], "<f2").view(np.uint8), 2 if quant == "Q4_K" else 1)
+    tensors = {"blk.0.attn_output.weight": (blocks.reshape(256, -1), quant)}
+    path = write_tiny_model(tmp_path / "bad.gguf", tensors=tensors, **WIDE)
+    if (quant, d) == ("Q5_0", 10_000.0):
+        llm.load(path, backend="torch")
+    else:
+        with pytest.raises(ModelFileError, match=r"bad\.gguf: tensor 'blk\.0\.attn_output\.weight': .*(scales|finite)"):
+            llm.load(path, backend="torch")
+        with pytest.raises(ModelFileError, match=r"bad\.gguf: tensor 'blk\.0\.attn_output\.weight': .*(scales|finite)"):
+            quantize_file(path, tmp_path / "out.gguf", progress=False)
+        assert [file.name for file in tmp_path.iterdir()] == ["bad.gguf"]
+    assert not [str(warning.message) for warning in recwarn if warning.category is RuntimeWarning]
+
+
 def test_linear_scaling_and_factors(tmp_path):
     ids = list(range(60))
     plain = llm.load(write_tiny_model(tmp_path / "plain.gguf"), backend="torch").logits(ids)
@@ -130,6 +152,7 @@ def test_half_to_interleaved():
         ({"metadata": {"llama.rope.dimension_count": 15}}, "dimension_count"),
         ({"metadata": {"llama.rope.scaling.type": "longrope"}}, "scaling"),
         ({"metadata": {"llama.expert_count": 8}}, "experts"),
+        ({"metadata": {"split.count": 3}}, r"part of a split model \(3 files\); join them first"),
         ({"tensors": {"output_norm.weight": None}}, "output_norm"),
         ({"tensors": {"blk.1.ffn_up.weight": None}}, "blk.1.ffn_up"),
         ({"tensors": {"blk.0.attn_q_norm.weight": (np.ones(16, np.float32), "F32")}}, "attn_q_norm.*no place"),
@@ -156,6 +179,17 @@ def test_refused_architecture(tmp_path):
     writer.close()
     with pytest.raises(ModelFileError, match="'mamba' is not supported; supported are llama, qwen2"):
         llm.load(path)
+
+
+def test_later_part_of_a_split_model(tmp_path):
+    """Such parts hold the split's keys and tensors, no architecture."""
+    path = written(
+        tmp_path, gguf_bytes([key("split.count", 2, b"\3\0")], [tensor("blk.9.attn_norm.weight")], bytes(32))
+    )
+    with pytest.raises(ModelFileError, match=r"bad\.gguf: one part of a split model \(3 files\)"):
+        llm.load(path)
+    with pytest.raises(ModelFileError, match=r"bad\.gguf: one part of a split model \(3 files\)"):
+        quantize_file(path, tmp_path / "out.gguf")
 
 
 def test_refused_options(tmp_path):

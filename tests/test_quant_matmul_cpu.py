@@ -164,6 +164,9 @@ BAD = {
     "high id": lambda data: torch.ops.fastdl.quant_rows(data, torch.tensor([20]), 3, 20, 64, torch.float32),
     "low id": lambda data: torch.ops.fastdl.quant_rows(data, torch.tensor([-1]), 3, 20, 64, torch.float32),
     "bytes": lambda data: torch.ops.fastdl.quant_pack(torch.zeros(4, 39, dtype=torch.uint8), 3, 64),
+    # 2**58 panels of 320 bytes are 0 bytes modulo 2**64
+    "rows overflow": lambda data: torch.ops.fastdl.quant_rows(data[:0], torch.tensor([9]), 3, 2**62, 32, torch.float32),
+    "cols overflow": lambda data: torch.ops.fastdl.quant_rows(data, torch.tensor([0]), 0, 1, 2**58, torch.float32),
 }
 
 

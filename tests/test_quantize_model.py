@@ -183,6 +183,7 @@ def test_what_is_skipped_and_why():
             "renormed": torch.nn.Embedding(8, 64, max_norm=1.0),
             "bag": torch.nn.EmbeddingBag(8, 64),
             "attention": torch.nn.MultiheadAttention(64, 2),
+            "lazy": torch.nn.LazyLinear(8),
         }
     )
     model["patched"].forward = lambda x: x
@@ -199,6 +200,7 @@ def test_what_is_skipped_and_why():
         "meta": "is on the meta device: load the weights first",
         "renormed": "max_norm rewrites its weights at each use",
         "bag": "no quantized EmbeddingBag",
+        "lazy": "has no weights yet (lazy): call the model once first",
         "attention.out_proj": "NonDynamicallyQuantizableLinear is a subclass that may compute something else",
     }.items():
         assert reasons[name] == reason

@@ -32,6 +32,7 @@ inline int float_format(const Tensor& x, const char* message) {
 inline int checked_format(int64_t format, int64_t cols) {
   check(format >= 0 && format < 64 && format_known((int)format), "format: unknown number");
   check(cols > 0 && cols % format_block((int)format) == 0, "cols: not a multiple of the format's block");
+  check(cols < (int64_t)1 << 48, "cols: too many");  // the bytes of a panel fit in 64 bits
   return (int)format;
 }
 
@@ -39,7 +40,9 @@ inline int checked_format(int64_t format, int64_t cols) {
 inline const uint8_t* checked_panels(const Tensor& packed, int format, int64_t rows, int64_t cols) {
   check(packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() && packed.is_cpu(),
         "packed: expected a contiguous uint8 tensor on the CPU");
-  check(rows >= 0 && packed.numel() == panel_count(rows) * panel_bytes(format, cols),
+  // Divided, not multiplied: a product could overflow to the size that is there. A row takes more than one byte.
+  const int64_t bytes = panel_bytes(format, cols), size = packed.numel();
+  check(rows >= 0 && rows <= size && size % bytes == 0 && size / bytes == panel_count(rows),
         "packed: its size does not fit rows and cols");
   return (const uint8_t*)packed.const_data_ptr();
 }

@@ -242,6 +242,7 @@ Tensor decoder_blocks(const Tensor& x_, const std::vector<Tensor>& weights, cons
   check(x_.is_cpu() && x_.dim() == 2 && x_.scalar_type() == ScalarType::Float,
         "x: expected a float32 matrix on the CPU");
   check(n_heads > 0 && n_kv_heads > 0 && n_heads % n_kv_heads == 0, "n_heads: expected a multiple of n_kv_heads");
+  check(n_heads < (int64_t)1 << 32, "n_heads: too many");
   check(head_dim > 0 && head_dim % 16 == 0 && head_dim <= 512, "head_dim: expected a multiple of 16, at most 512");
   check(activation >= PRECISION_FP32 && activation <= PRECISION_INT8, "activation: unknown number");
   const int64_t n = x_.size(0), layers = (int64_t)weights.size() / TENSORS;
@@ -250,7 +251,7 @@ Tensor decoder_blocks(const Tensor& x_, const std::vector<Tensor>& weights, cons
               cache->size(0) == layers && cache->size(1) == n_kv_heads && cache->size(3) == head_dim,
           "cache: expected float16 [layers, n_kv_heads, max_len, head_dim]");
   const int64_t max_len = k_cache.size(2);
-  check(v_cache.size(2) == max_len && pos >= 0 && pos + n <= max_len, "pos: the new tokens do not fit in the cache");
+  check(v_cache.size(2) == max_len && pos >= 0 && pos <= max_len - n, "pos: the new tokens do not fit in the cache");
   check(rope.is_cpu() && rope.scalar_type() == ScalarType::Float && rope.is_contiguous() && rope.dim() == 2 &&
             rope.size(0) >= pos + n && rope.size(1) <= head_dim && rope.size(1) % 2 == 0,
         "rope: expected float32 [at least pos + n, rope_dim <= head_dim]");

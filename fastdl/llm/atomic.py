@@ -22,10 +22,12 @@ def check_destination(dst: str | os.PathLike[str], overwrite: bool) -> Path:
 
     Raises
     ------
-    IsADirectoryError, NotADirectoryError, FileExistsError
-        ``dst`` is a folder, its folder is missing, it exists and ``overwrite`` is False, or it is a device, a pipe or a
-        socket (which a rename would replace by a file: root's /dev/null, say).
+    FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError
+        ``dst`` is empty, is a folder, its folder is missing, it exists and ``overwrite`` is False, or it is a device,
+        a pipe or a socket (which a rename would replace by a file: root's /dev/null, say).
     """
+    if not os.fspath(dst):
+        raise FileNotFoundError("the destination's name is empty; give the name of the file to write")
     path = Path(os.path.realpath(dst))  # through a symbolic link: the link stays, its target is replaced
     if path.is_dir():
         raise IsADirectoryError(f"{dst}: is a folder; give the name of the file to write")
@@ -49,7 +51,7 @@ def atomic_file(dst: str | os.PathLike[str], *, overwrite: bool = False) -> Iter
 
     Raises
     ------
-    IsADirectoryError, NotADirectoryError, FileExistsError
+    FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError
         see :func:`check_destination`; FileExistsError also when the file came into being meanwhile.
     OSError
         from the file system, for example ENOSPC.

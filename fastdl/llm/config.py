@@ -2,7 +2,7 @@
 
 Keys are `<architecture>.<name>` as llama.cpp writes them. Everything that does not fit raises ModelFileError with the
 key, what was expected and what was found, before any weight is read.
-Test: pytest tests/test_llm_config.py
+Test: pytest tests/test_llm_load.py
 """
 
 from __future__ import annotations
@@ -88,6 +88,7 @@ class _Keys:
 
 def read_config(file: GGUFFile) -> ModelConfig:
     """The model's configuration; ModelFileError when the architecture is not supported or a value cannot be."""
+    check_whole(file)
     architecture = file.metadata.value("general.architecture", str)
     if architecture not in ARCHITECTURES:
         raise ModelFileError(
@@ -192,6 +193,16 @@ def layer_tensors(config: ModelConfig) -> dict[str, tuple[str, int, int | None]]
 OPTIONAL_IN_LAYER = {"llama": ("attn_q.bias", "attn_k.bias", "attn_v.bias"), "qwen2": ()}
 # Written by some converters, needed by nobody: RoPE frequencies that follow from the metadata.
 IGNORED = ("rope_freqs.weight", "attn_rot_embd.weight", "attn_rot_embd", "attn.rope_freqs.weight")
+
+
+def check_whole(file: GGUFFile) -> None:
+    """ModelFileError for one part of a model in several files (``model-00001-of-00003.gguf``)."""
+    parts = file.metadata.value("split.count", int, 1)
+    if parts > 1:
+        raise ModelFileError(
+            f"{file.path}: one part of a split model ({parts} files); join them first: "
+            f"llama-gguf-split --merge model-00001-of-{parts:05}.gguf model.gguf"
+        )
 
 
 def check_tensors(file: GGUFFile, config: ModelConfig) -> None:

@@ -109,8 +109,7 @@ def quantize_file(
     Parameters
     ----------
     src: a GGUF file, or a Hugging Face folder (config.json, *.safetensors, tokenizer.json or tokenizer.model) of a
-    llama, mistral or
-        qwen2 model.
+        llama, mistral or qwen2 model.
     dst: the file to write. It appears under this name when it is complete, or not at all.
     type: "q4_1" (5 bits a weight), "q8_0" (8.5), "f16", "bf16" or "f32".
     progress: a bar on stderr, when that is a terminal.
@@ -277,12 +276,12 @@ def _encoded(path: Path, tensor: SourceTensor, item: TensorReport) -> Iterator[t
     step = max(1, CHUNK_WEIGHTS // cols // tensor.row_multiple) * tensor.row_multiple
     for start in range(0, rows, step):
         stop = min(rows, start + step)
-        data = None if tensor.type in FLOATS else tensor.raw(start, stop, item.type)
-        if data is None:  # float types pass through the encoder even when nothing changes: it looks for NaN
-            try:
+        try:
+            data = None if tensor.type in FLOATS else tensor.raw(start, stop, item.type)
+            if data is None:  # float types pass through the encoder even when nothing changes: it looks for NaN
                 data = _encode(tensor.rows(start, stop), item.type)
-            except ValueError as error:
-                raise ModelFileError(f"{path}: tensor {tensor.name!r}: {error}") from error
+        except ValueError as error:
+            raise ModelFileError(f"{path}: tensor {tensor.name!r}: {error}") from error
         yield data, (stop - start) * cols
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdl.llm.config import check_tensors, read_config
+from fastdl.llm.config import check_tensors, check_whole, read_config
 from fastdl.llm.convert_source import Source
 from fastdl.llm.gguf import GGUFFile, ModelFileError, StringArray, TensorInfo, open_gguf
 from fastdl.llm.gguf_metadata import ARRAY, Cursor
@@ -74,8 +74,7 @@ def open_file(path: Path) -> Source:
 
 
 def _check(file: GGUFFile) -> None:
-    if file.metadata.value("split.count", int, 1) > 1:
-        raise ModelFileError(f"{file.path}: one part of a split model; join the parts first (llama-gguf-split --merge)")
+    check_whole(file)
     if not file.tensors:
         raise ModelFileError(f"{file.path}: holds no tensors (a vocabulary-only file?)")
     check_tensors(file, read_config(file))

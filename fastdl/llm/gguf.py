@@ -186,7 +186,7 @@ def _map_file(path: str) -> mmap.mmap:
         # O_NONBLOCK: opening a named pipe must not wait for a writer.
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
     except FileNotFoundError:
-        raise ModelFileError(f"{path}: no such file") from None
+        raise ModelFileError(f"{path or 'the empty path'}: no such file") from None
     except (OSError, ValueError) as error:
         raise ModelFileError(f"{path}: cannot be opened: {getattr(error, 'strerror', None) or error}") from None
     try:

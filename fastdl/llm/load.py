@@ -57,7 +57,7 @@ def load(
     -------
     >>> from fastdl import llm
     >>> lm = llm.load("model.gguf")                                                   # doctest: +SKIP
-    >>> lm.generate("The capital of France is", max_new_tokens=3)                     # doctest: +SKIP
+    >>> lm.generate("The capital of France is", max_new_tokens=2)                     # doctest: +SKIP
     ' Paris.'
     """
     clock = time.perf_counter()

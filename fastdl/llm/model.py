@@ -205,7 +205,7 @@ class LM:
         """The continuation of a prompt: a str with `ids`, `stop_reason`, `logprobs`, `stats`. Options as in `stream`.
 
         >>> lm.generate("The capital of France is", max_new_tokens=8)                  # doctest: +SKIP
-        ' Paris.\\n\\nThe answer is: '
+        ' Paris.\\n\\nThe answer is:'
         """
         return self.stream(prompt, **options).finish()
 

@@ -11,8 +11,8 @@ fastdl/reference/decoder_block.py.
 | cuda, triton | not in this release |
 
 What the cpu back end refuses: a cache that is not float16 (its attention reads half precision; float32 would double the
-traffic), weights in GGUF layout (the kernels read panels: `QuantTensor.pack_()`), rope tables or norms that are not
-float32.
+traffic), weights in GGUF layout (the kernels read panels: `QuantTensor.pack_()`), caches and rope tables that are not
+contiguous, heads whose size is no multiple of 16 or above 512 (a head is whole vectors of 16 floats).
 Inference only: the cache is written in place, there is no gradient.
 
 Test: pytest tests/test_decoder_block.py
@@ -41,10 +41,16 @@ define(
 
 @torch.library.register_fake("fastdl::decoder_blocks", lib=LIB)
 def _(x, *_rest):
-    return torch.empty_like(x)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-backends.register_room("decoder_blocks", {"cpu": None})
+def _refuse_cpu(*, head_dim: int | None = None, **facts) -> str | None:
+    if head_dim is not None and (head_dim % 16 or head_dim > 512):
+        return f"head_dim is {head_dim}; its attention takes multiples of 16 up to 512"
+    return None
+
+
+backends.register_room("decoder_blocks", {"cpu": _refuse_cpu})
 
 
 @dataclass
@@ -111,6 +117,7 @@ class DecoderStack:
             self._check(index, layer)
         if output_norm is not None:
             _check_vector("output_norm", output_norm, self.width)
+            self.output_norm = output_norm.contiguous()
         self._native: tuple[list[Tensor], list[int]] | None = None
 
     def _check(self, index: int, layer: DecoderLayer) -> None:
@@ -170,9 +177,9 @@ class DecoderStack:
             weights: list[Tensor] = []
             formats: list[int] = []
             for layer in self.layers:
-                weights += [layer.attn_norm, layer.q.data, layer.k.data, layer.v.data, layer.o.data]
-                weights += [layer.ffn_norm, layer.gate.data, layer.up.data, layer.down.data]
-                weights += [none if b is None else b for b in (layer.bias_q, layer.bias_k, layer.bias_v)]
+                weights += [layer.attn_norm.contiguous(), layer.q.data, layer.k.data, layer.v.data, layer.o.data]
+                weights += [layer.ffn_norm.contiguous(), layer.gate.data, layer.up.data, layer.down.data]
+                weights += [none if b is None else b.contiguous() for b in (layer.bias_q, layer.bias_k, layer.bias_v)]
                 formats += [getattr(layer, name).fmt.ggml_id for name in MATRICES]
             self._native = weights, formats
         return self._native
@@ -230,8 +237,9 @@ def decoder_blocks(
     _check_call(x, stack, k_cache, v_cache, rope, pos, activation)
     if backend != "torch":
         chosen = backends.choose(
-            "decoder_blocks", backend, device=x.device, dtype=x.dtype, refusals=_refusals(stack, k_cache, v_cache, rope)
-        )
+            "decoder_blocks", backend, device=x.device, dtype=x.dtype, head_dim=stack.head_dim,
+            refusals=_refusals(stack, k_cache, v_cache, rope),
+        )  # fmt: skip
     else:
         chosen = "torch"
     if chosen == "cpu":

@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..nn.quant_matmul import QuantEmbedding, QuantLinear
 from .formats import FORMATS, Format, find
@@ -64,7 +65,7 @@ def quantize(
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, (nn.Linear, nn.Embedding)):
         kind = type(model).__name__
-        raise ValueError(f"model: is itself an {kind}, use fastdl.nn.Quant{kind}.from_{kind.lower()}(model)")
+        raise ValueError(f"model: is itself a layer ({kind}), use fastdl.nn.Quant{kind}.from_{kind.lower()}(model)")
     names = _names(model)
     selected = _select(list(names.values()), include, exclude)
     before = model_bytes(model)
@@ -116,6 +117,8 @@ def _reason(layer: nn.Module, fmt: Format, selected: bool) -> str | None:
         return f"is {layer.weight.format} already"
     if not selected:
         return "excluded"
+    if is_lazy(getattr(layer, "weight", None)):
+        return "has no weights yet (lazy): call the model once first"
     if isinstance(layer, (nn.Linear, nn.Embedding)) and type(layer) not in (nn.Linear, nn.Embedding):
         return f"{type(layer).__name__} is a subclass that may compute something else"
     if type(layer) not in (nn.Linear, nn.Embedding):
@@ -186,8 +189,8 @@ def _describe(layer: nn.Module, name: str, reason: str | None, weights: dict[int
     weight = layer.weight
     if isinstance(weight, QuantTensor):
         return LayerReport(name, kind, weight.shape, weight.format, reason, weight.nbytes, weight.nbytes, already=True)
-    before = weight.numel() * weight.element_size() if isinstance(weight, torch.Tensor) else 0
+    before = weight.numel() * weight.element_size() if isinstance(weight, torch.Tensor) and not is_lazy(weight) else 0
     if reason is not None:
-        return LayerReport(name, kind, tuple(weight.shape), None, reason, before, before)
+        return LayerReport(name, kind, () if is_lazy(weight) else tuple(weight.shape), None, reason, before, before)
     quantized = weights[id(weight)]
     return LayerReport(name, kind, quantized.shape, quantized.format, None, before, quantized.nbytes)

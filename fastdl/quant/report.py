@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from .tensor import QuantTensor
 
@@ -66,7 +67,7 @@ def model_bytes(model: nn.Module) -> int:
     """Bytes of all parameters, buffers and quantized weights, each counted once."""
     sizes: dict[int, int] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
-        sizes[id(tensor)] = tensor.numel() * tensor.element_size()
+        sizes[id(tensor)] = 0 if is_lazy(tensor) else tensor.numel() * tensor.element_size()
     for module in model.modules():
         weight = vars(module).get("weight")
         if isinstance(weight, QuantTensor):
