@@ -47,6 +47,7 @@ def schema_hash() -> str:
 
 _ops: list[Op] = []
 _emulated: torch.library.Library | None = None
+emulating = False  # the emulated lane is on: back end "cuda" takes CPU tensors (fastdl/emulator.py)
 
 
 class Op:
@@ -120,14 +121,16 @@ def twin_of(backend: str, device: torch.device) -> str:
     return backend if backend in ("torch", "triton") else "native"
 
 
-def add_emulated_twins() -> None:
-    """Define every Op again as ``fastdl_emulated::<name>``, for a library that implements them. Once per process."""
+def add_emulated_twins(wrap: Callable[[Callable[..., Any], str], Callable[..., Any]]) -> None:
+    """Define every Op again as ``fastdl_emulated::<name>``, for a library that implements them; its calls go through
+    ``wrap(call, name)``. Once per process."""
     global _emulated
     if _emulated is None:
         _emulated = torch.library.Library("fastdl_emulated", "DEF")
         for op in _ops:
             _emulated.define(f"{op.name}({op.arguments}")
             op._add("emulated", _emulated, op.name)
+            op._calls["emulated"] = wrap(op._calls["emulated"], op.name)
 
 
 def gradient_of(function: Callable[..., Sequence[Tensor]]) -> tuple[Callable[..., None], Callable[..., Any]]:

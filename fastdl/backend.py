@@ -62,7 +62,7 @@ def library_path() -> Path:
     return Path(os.environ.get("FASTDL_LIBRARY") or Path(__file__).with_name("libfastdl_ops.so"))
 
 
-def _unfit(path: Path) -> str | None:
+def unfit(path: Path) -> str | None:
     """Why the library at ``path`` must not be loaded, read from its bytes (loading it would register its ops)."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         # A file cut short by a full disk kills the process inside dlopen. Its section headers stand at the end.
@@ -89,7 +89,7 @@ def _load() -> None:
             _native_state.error = (
                 f"{path} does not exist: build it with `make build` or `pip install --no-build-isolation .`"
             )
-        elif reason := _unfit(path):
+        elif reason := unfit(path):
             _native_state.error = reason
         else:
             torch.ops.load_library(str(path))
@@ -221,13 +221,14 @@ def _refusal(
         return f"{room} has no {backend} back end in this release"
     if backend == "cpu" and device.type != "cpu":
         return f"the tensors are on {device}; move them to the CPU"
-    if backend == "cuda" and device.type != "cuda":
+    emulated = backend == "cuda" and device.type == "cpu" and _library.emulating
+    if backend == "cuda" and device.type != "cuda" and not emulated:
         return f"the tensors are on {device}; move them to a CUDA device"
     if backend == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the tensors are on {device}; move them to a CUDA device"
-    if backend in ("cpu", "cuda") and not native_loaded():
+    if backend in ("cpu", "cuda") and not native_loaded() and not emulated:
         return f"the compiled library is not loaded: {native_error()}"
-    if backend == "cuda" and not torch._C._dispatch_has_kernel_for_dispatch_key("fastdl::cuda_smoke", "CUDA"):
+    if backend == "cuda" and not emulated and not torch._C._dispatch_has_kernel_for_dispatch_key("fastdl::cuda_smoke", "CUDA"):
         return "the compiled library has no CUDA code; install nvcc and rebuild with FASTDL_CUDA=on"
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         return "triton is not installed; type: pip install triton"

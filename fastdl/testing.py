@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["assert_accurate", "check", "largest_error", "poisoned"]
+from .emulator import emulated
+
+__all__ = ["assert_accurate", "check", "emulated", "largest_error", "poisoned"]
 
 
 @contextlib.contextmanager

@@ -125,7 +125,7 @@ void wait(State state, const char* name, const Where& where) {
   self->fiber->leave(false);
 }
 
-void enter(void* thread) {
+void enter(void*) {
   try {
     (*grid->body)();
     Block& block = *self->block;

@@ -8,10 +8,10 @@
 dtypes of x: float32, bfloat16, float16, and float64 on the torch back end. weight and bias may have another dtype.
 Gradients to x, residual, weight and bias; twice (statistics are recomputed from s in the double backward).
 
-Back ends: cpu (csrc/cpu/norm*.cpp), torch (fastdl/reference/norm.py). What they refuse:
+Back ends: cpu (csrc/cpu/norm*.cpp), cuda (csrc/cuda/norm*.cuh), torch (fastdl/reference/norm.py). What they refuse:
 
     | back end          | refuses                | because                             |
-    | cpu               | float64                | its kernels accumulate in float32   |
+    | cpu, cuda         | float64                | its kernels accumulate in float32   |
 
 Under CUDA autocast layer_norm computes in float32, as torch's does. Test: ``pytest tests/test_norm.py``; benchmark:
 ``pytest bench/bench_norm.py``.
@@ -105,7 +105,7 @@ def _refuse(*, dtype: torch.dtype, **facts) -> str | None:
 
 
 for _room in ("layer_norm", "rms_norm"):
-    backends.register_room(_room, {"cpu": _refuse})
+    backends.register_room(_room, {"cpu": _refuse, "cuda": _refuse})
 
 
 def layer_norm(
