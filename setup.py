@@ -4,7 +4,8 @@
     python setup.py build_ext --inplace       (or `make build`) for work in the source tree
 
 Environment: FASTDL_CUDA=auto|on|off, FASTDL_CUDA_ARCHS="80 90a +PTX"|all, FASTDL_WERROR=1,
-FASTDL_SANITIZE=address,undefined, FASTDL_JOBS=<parallel compilers>, CXX=<compiler>.
+FASTDL_SANITIZE=address,undefined, FASTDL_JOBS=<parallel compilers>, CXX=<compiler>. Builds in the source tree also make
+libfastdl_emulated.so, which only tests use; FASTDL_EMULATOR=1 makes it elsewhere too.
 """
 
 from __future__ import annotations
@@ -90,6 +91,7 @@ class CMakeBuild(build_ext):
             "FASTDL_CUDA": os.environ.get("FASTDL_CUDA") or "auto",
             "FASTDL_CUDA_ARCHS": os.environ.get("FASTDL_CUDA_ARCHS", ""),
             "FASTDL_SANITIZE": os.environ.get("FASTDL_SANITIZE", ""),
+            "FASTDL_EMULATOR": "ON" if inplace or os.environ.get("FASTDL_EMULATOR") == "1" else "OFF",
             "FASTDL_WERROR": "ON" if os.environ.get("FASTDL_WERROR", "0") not in ("", "0") else "OFF",
             "Python_EXECUTABLE": sys.executable,
             "CMAKE_MAKE_PROGRAM": find_tool("ninja"),

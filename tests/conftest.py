@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+
+import lanes
+
 from fastdl import backend
+from fastdl.ops import ROOMS
 
 
 @pytest.fixture(autouse=True)
@@ -23,13 +30,80 @@ def _seed(request):
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
 
 
+# ---- Lanes ----------------------------------------------------------------------------------------------------------
+
+
+def room_of(item) -> str | None:
+    """The room of tests/test_<room>[_more].py; None for tests of no room."""
+    stem = item.path.stem.removeprefix("test_")
+    return max((room for room in ROOMS if stem == room or stem.startswith(f"{room}_")), key=len, default=None)
+
+
+def pytest_generate_tests(metafunc):
+    if "lane" in metafunc.fixturenames:
+        room = room_of(metafunc.definition)
+        metafunc.parametrize("lane", lanes.lanes(room), indirect=True, ids=lambda lane: lane.name.replace(" ", "-"))
+
+
+@pytest.fixture
+def lane(request):
+    """Runs the test once per lane of its room (tests/lanes.py)."""
+    with request.param.active() as active:
+        yield active
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if call.when == "call" and not report.skipped:
+        marker = item.get_closest_marker("lane")
+        names, room = [], room_of(item)
+        if marker:
+            names, room = [marker.args[0]], (marker.args[1:] or (room,))[0]
+        elif "lane" in item.fixturenames:
+            names = [item.callspec.params["lane"].name]
+        elif room:
+            names = ["cpu" if {"level", "native"} & set(item.fixturenames) else "reference"]
+        for name in names:
+            if room:
+                lanes.count(room, name)
+    return report
+
+
+def pytest_terminal_summary(terminalreporter):
+    if lanes.ran:
+        terminalreporter.section("tests that ran, by room and lane")
+        for line in lanes.matrix()[0]:
+            terminalreporter.write_line(line)
+
+
+def pytest_sessionfinish(session):
+    """A whole run in which a lane of this machine ran nothing has failed."""
+    config = session.config
+    whole = config.args_source == config.ArgsSource.TESTPATHS and not config.option.keyword
+    whole = whole and not config.option.markexpr and not config.option.collectonly and not config.getoption("lf", False)
+    if not whole or session.exitstatus != pytest.ExitCode.OK:
+        return
+    for complaint in lanes.matrix()[1]:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        config.get_terminal_writer().line(f"\nFAILED {complaint}", red=True)
+
+
 def pytest_collection_modifyitems(items):
-    """Marks what `make sanitize` runs: tests over CPU levels, and those of rooms with kernels that need the library."""
-    rooms = ("test_quant_matmul", "test_decoder_block")
+    """Marks what `make sanitize` runs: native code of all rooms, and the emulator with the kernels that it runs."""
+    stems = ("test_quant_matmul", "test_decoder_block")
     for item in items:
         fixtures = getattr(item, "fixturenames", ())
-        if "level" in fixtures or ("native" in fixtures and item.path.stem.startswith(rooms)):
+        compiled = "level" in fixtures or ("native" in fixtures and item.path.stem.startswith(stems))
+        if "lane" in fixtures:
+            compiled = item.callspec.params["lane"].backend in ("cpu", "cuda")
+        if item.path.stem == "test_emulator":
+            compiled = True
+        if compiled:
             item.add_marker("native")
+
+
+# ---- Compiled code --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -39,22 +113,7 @@ def native():
         pytest.skip(f"compiled library: {backend.native_error()}")
 
 
-def level_caps() -> list[str]:
-    """Caps that this CPU can reach, each giving another compiled variant: what `level` runs through."""
-    if not backend.native_loaded():
-        return []
-    features = set(backend.cpu_features().split(","))
-    caps = ["scalar"]
-    if {"avx2", "fma", "f16c"} <= features:
-        caps += ["avx2-plain"] + (["avx2"] if "avx_vnni" in features else [])
-        if "avx512" in features:
-            caps += ["avx512-plain"]
-            if "avx512_bf16" in features:
-                caps += ["avx512", "amx-twin"] + (["amx"] if "amx" in features else [])
-    return caps
-
-
-@pytest.fixture(params=level_caps() or [pytest.param("none", marks=pytest.mark.skip("no compiled library"))])
+@pytest.fixture(params=lanes.level_caps() or [pytest.param("none", marks=pytest.mark.skip("no compiled library"))])
 def level(request):
     """Runs the test once per CPU variant of this machine, the kernels capped to it; the value is the cap's name."""
     with backend.level_cap(request.param):

@@ -9,7 +9,7 @@ shift
 folder=$PWD/build/sanitize
 mkdir -p "$folder"
 # The in-place library stays as it is: this one is used through FASTDL_LIBRARY.
-FASTDL_SANITIZE=address,undefined FASTDL_CUDA=off "$python" setup.py --quiet build_ext --build-lib "$folder"
+FASTDL_SANITIZE=address,undefined FASTDL_CUDA=off FASTDL_EMULATOR=1 "$python" setup.py --quiet build_ext --build-lib "$folder"
 
 # Python itself is not instrumented, so the runtimes come first by LD_PRELOAD; libstdc++ with them, or the interceptor of
 # C++ exceptions finds nothing to call. Leaks are off: Python keeps memory to its end by design.
@@ -25,4 +25,5 @@ for runtime in libasan.so libubsan.so libstdc++.so; do
 done
 # tests/conftest.py sets the marker. Capturing in Python only: a report of the sanitizers reaches the terminal.
 exec env LD_PRELOAD="$preload" ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
-    FASTDL_LIBRARY="$folder/fastdl/libfastdl_ops.so" "$python" -m pytest -m native -q --capture=sys "$@"
+    FASTDL_LIBRARY="$folder/fastdl/libfastdl_ops.so" FASTDL_EMULATED_LIBRARY="$folder/fastdl/libfastdl_emulated.so" \
+    "$python" -m pytest -m native -q --capture=sys "$@"
