@@ -85,6 +85,7 @@ def load(
         raise ModelFileError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding {config.vocab} rows"
         )
+    file.release_header()
     weights = load_weights(file, config, pack=chosen == "cpu", progress=progress)
     weights.report.seconds = time.perf_counter() - clock
     return LM(
