@@ -222,8 +222,8 @@ def test_accuracy(recorder, texts, level):
 
 
 def test_memory(native, recorder, texts, model, threads):
-    """Peak of generate (512 + 128 tokens) less the peak of `import torch`, over the file's size."""
-    found = json.loads(worker("memory", model, texts.ids, threads, NEW))
+    """Peak of `fastdl generate` (512 + 128 tokens) less the peak of `import torch`, over the file's size."""
+    found = json.loads(worker("memory", model, texts.ids.with_suffix(".txt"), threads, NEW))
     size = os.path.getsize(model)
     ratio = (found["peak_bytes"] - found["import_torch_bytes"]) / size
     record = {"level": BEST, **found, "file_bytes": size, "over_file_size": round(ratio, 3)}

@@ -1,9 +1,9 @@
 """One measurement of fastdl.llm in a process of its own, so that levels and peaks of memory do not mix.
 
-    python -m bench.llm_worker ids MODEL COUNT OUT.npy                        token ids of English text
+    python -m bench.llm_worker ids MODEL COUNT OUT.npy          token ids of English text, and the text as OUT.txt
     python -m bench.llm_worker logits MODEL IDS.npy THREADS ACTIVATION BACKEND STEPS OUT.npy
                      STEPS 0: as a prompt; n: the first n tokens one at a time, as when generating
-    python -m bench.llm_worker memory MODEL IDS.npy THREADS NEW               JSON on stdout
+    python -m bench.llm_worker memory MODEL PROMPT.txt THREADS NEW             JSON on stdout
     python -m bench.llm_worker level                                          the CPU level in use
 
 FASTDL_ISA in the environment caps the level.
@@ -11,6 +11,8 @@ FASTDL_ISA in the environment caps the level.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
 import sys
@@ -32,8 +34,10 @@ def ids(model: str, count: str, out: str) -> None:
     from bench.accuracy import english
     from fastdl import llm
 
-    found = llm.load(model).tokenizer.encode(english(), add_special=False)[: int(count)]
+    tokenizer = llm.load(model).tokenizer
+    found = tokenizer.encode(english(), add_special=False)[: int(count)]
     np.save(out, np.asarray(found, dtype=np.int64))
+    Path(out).with_suffix(".txt").write_text(tokenizer.decode(found), encoding="utf-8")
 
 
 def logits(model: str, ids_path: str, threads: str, activation: str, backend: str, steps: str, out: str) -> None:
@@ -54,13 +58,18 @@ def one_at_a_time(lm, ids: list[int]) -> torch.Tensor:
         return torch.cat([lm.head(lm.hidden([token], cache)) for token in ids])
 
 
-def memory(model: str, ids_path: str, threads: str, new: str) -> None:
-    """Load, take the prompt in, generate: peak of that, less the peak of `import torch`."""
-    from fastdl import llm
+def memory(model: str, prompt_path: str, threads: str, new: str) -> None:
+    """`fastdl generate` on a prompt: peak of the process, less the peak of `import torch`."""
+    from fastdl.cli import main
 
-    lm = llm.load(model, threads=int(threads))
-    text = lm.generate(np.load(ids_path).tolist(), max_new_tokens=int(new), temperature=0.0)
-    found = {"prompt_tokens": text.stats.prompt_tokens, "new_tokens": text.stats.new_tokens}
+    shown, statistics = io.StringIO(), io.StringIO()
+    prompt = Path(prompt_path).read_text(encoding="utf-8")
+    with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(statistics):
+        status = main(["generate", "-m", model, "-n", new, "-t", threads, prompt])
+    counts = re.findall(r"(prompt|decode) (\d+) tokens", statistics.getvalue())
+    if status or len(counts) != 2:
+        sys.exit(f"fastdl generate ended with {status}: {statistics.getvalue()}")
+    found = {f"{name}_tokens": int(count) for name, count in counts}
     print(json.dumps({"import_torch_bytes": AFTER_TORCH, "peak_bytes": peak_bytes(), **found}))
 
 

@@ -1,6 +1,7 @@
 """Tables and plots from the results files.
 
-    python -m bench.report               the table of must, aim and measured, as markdown (README)
+    python -m bench.report               the table of must, aim and measured, as markdown
+    python -m bench.report --readme README.md      ... and the README's tables, between its markers
     python -m bench.report --details     every record of every results file, as markdown
     python -m bench.report --plots       also draw bench/results/<hardware>-<bench>.png (needs matplotlib)
 
@@ -92,7 +93,8 @@ def ahead_cell(level: str, content: dict) -> str:
 
 def memory_cell(record: dict) -> str:
     value = record["over_file_size"]
-    return f"{value:.2f} × ({record['prompt_tokens']} + {record['new_tokens']} tokens): {goals.MEMORY.verdict(value)}"
+    tokens = f"{record['prompt_tokens']} + {record['decode_tokens']} tokens"
+    return f"{value:.2f} × ({tokens}): {goals.MEMORY.verdict(value)}"
 
 
 def kl_cell(record: dict, activation: str) -> str:
@@ -141,6 +143,33 @@ def sides_lines(key: str, record: dict) -> list[str]:
     return made + [f"- {key}: missing: {text}" for text in record.get("missing", [])]
 
 
+def products_table(found: dict[str, list[dict]]) -> str:
+    """Q4_1 products with activation="auto" against the peers of bench_quant_matmul: median ratios, one row a shape."""
+    peers = ("torch bf16", "torch fp32", "torchao int4")
+    made = [f"| Q4_1 product, rows x weight | {' | '.join(peers)} | share of the limit | on |", "| --- " * 6 + "|"]
+    for content in found.get("quant_matmul", []):
+        for _, record in sorted(content["records"].items(), key=lambda item: (item[1]["shape"], item[1]["rows"])):
+            side = record["sides"].get("fastdl q4_1 auto")
+            if side is None:
+                continue
+            ratios = [side["speedup_over"].get(peer) for peer in peers]
+            cells = [f"{ratio['median']:.2f} ×" if ratio else NOT_MEASURED for ratio in ratios]
+            bound = "read" if side["share_of_read_limit"] >= side["share_of_product_limit"] else "product"
+            share = f"{side[f'share_of_{bound}_limit']:.0%} ({bound})"
+            name = f"{record['rows']} x {record['shape'][0]} x {record['shape'][1]} ({LEVEL_NAMES[record['level']]})"
+            made.append(f"| {name} | {' | '.join(cells)} | {share} | {machine_name(content)} |")
+    return "\n".join(made)
+
+
+def write_readme(path: Path, found: dict[str, list[dict]]) -> None:
+    """Replace what stands between the markers of the README by the tables."""
+    begin, end = "<!-- measured:begin -->", "<!-- measured:end -->"
+    text = path.read_text(encoding="utf-8")
+    before, rest = text.split(begin)
+    tables = f"{begin}\n{goal_table(found)}\n\n{products_table(found)}\n{end}"
+    path.write_text(before + tables + rest.split(end)[1], encoding="utf-8")
+
+
 def details(found: dict[str, list[dict]]) -> str:
     """Every results file: the machine, the limits of each run, every record."""
     made = []
@@ -160,10 +189,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.split("\n\n")[0])
     parser.add_argument("--results", type=Path, default=results.RESULTS, help="folder of the results files")
     parser.add_argument("--details", action="store_true", help="print every record too")
+    parser.add_argument("--readme", type=Path, help="README whose tables to replace by these")
     parser.add_argument("--plots", action="store_true", help="draw a PNG beside each results file")
     options = parser.parse_args(arguments)
     found = results.load_all(options.results)
     print(goal_table(found))
+    if options.readme:
+        write_readme(options.readme, found)
     if options.details:
         print("\n" + details(found))
     if options.plots:

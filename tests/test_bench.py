@@ -162,6 +162,15 @@ def test_nan_meets_no_goal():
     assert goals.MEMORY.verdict(math.nan) == "MISSED" and goals.SPEED["amx", "decode"].verdict(math.nan) == "MISSED"
 
 
+def test_readme_tables_are_the_results(tmp_path):
+    """The README's figures are those of bench/results, as --readme writes them."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    copy = tmp_path / "README.md"
+    copy.write_text(readme, encoding="utf-8")
+    report.main(["--readme", str(copy)])
+    assert copy.read_text(encoding="utf-8") == readme, "run: python -m bench.report --readme README.md"
+
+
 def test_goal_table_says_what_is_not_measured(tmp_path):
     assert report.goal_table({}).count(report.NOT_MEASURED) == 3 * 2 + 2 + 1
     path = results.path_for(tmp_path, machine(), "llm")
@@ -185,7 +194,7 @@ def test_every_kind_of_record_has_lines_and_a_plot(tmp_path):
     llm = {
         "avx512/decode": speed("avx512", "decode", 1.5), "avx512/prefill": speed("avx512", "prefill", 1.5),
         "avx512/accuracy": {"level": "avx512", "fastdl": {a: {"mean_kl": 1e-7} for a in ("int8", "bf16", "fp32")}},
-        "avx512/memory": {"level": "avx512", "over_file_size": 1.1, "prompt_tokens": 512, "new_tokens": 128},
+        "avx512/memory": {"level": "avx512", "over_file_size": 1.1, "prompt_tokens": 512, "decode_tokens": 128},
     }  # fmt: skip
     for bench, records in (("llm", llm), ("quant_matmul", {"avx512/48x64/1": product})):
         results.save(results.path_for(tmp_path, machine(), bench), machine(), "r1", run, records)

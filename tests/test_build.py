@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import fastdl
 from fastdl import _library, backend
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -210,6 +210,14 @@ def test_refused_options(tmp_path):
         llm.load(tmp_path / "none.gguf")
 
 
+def test_heads_that_the_kernels_do_not_take(tmp_path, native):
+    """A head of 24: the automatic choice is torch, an explicit cpu is refused before the weights are read."""
+    path = write_tiny_model(tmp_path / "tiny.gguf", width=96, heads=4)
+    assert llm.load(path).backend == "torch"
+    with pytest.raises(BackendError, match="head_dim is 24"):
+        llm.load(path, backend="cpu")
+
+
 def test_nan_weights_are_reported_not_sampled(tmp_path):
     matrix = np.zeros((64, 64), np.float16)
     matrix[3, 3] = np.nan

@@ -82,6 +82,7 @@ void stream_tiles(const uint8_t* panel, int64_t cols, int64_t blocks, const Bf16
       const auto w = Bf16::load<F>(panel, cols, first + b, 0, 0);
       for (int i = 0; i < 16; ++i) memcpy(weights + b * 512 + i * 32, &w.v[i], 64);
     }
+    asm volatile("" ::: "memory");  // gcc does not know that a tile load reads memory
     for (int64_t t = 0; t < n; t += 64) {
       const int64_t left = (n - t) / 16;
       float* sums = c + t * PANEL;

@@ -158,6 +158,12 @@ class GGUFFile:
         stop = min(-(-(info.offset + info.nbytes) // RELEASE_BYTES) * RELEASE_BYTES, len(self._map))
         self._map.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
+    def release_header(self) -> None:
+        """Give the header's mapped pages back, the tokenizer's arrays among them; a later access reads them again."""
+        if hasattr(self._open_map(), "madvise"):
+            first = min((info.offset for info in self.tensors.values()), default=0)
+            self._map.madvise(mmap.MADV_DONTNEED, 0, first // RELEASE_BYTES * RELEASE_BYTES)
+
     def _open_map(self) -> mmap.mmap:
         if self._map is None:
             raise ValueError(f"{self.path} was closed")

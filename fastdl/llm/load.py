@@ -70,7 +70,6 @@ def load(
             raise ValueError(f"{name}: expected at least 1, got {value}")
     if threads is not None and threads > MAX_THREADS:
         raise ValueError(f"threads: expected at most {MAX_THREADS}, got {threads}")
-    chosen = backends.choose("decoder_blocks", backend, device=torch.device("cpu"), dtype=torch.float32)
     if path is None:
         path = demo_path()
     file = open_gguf(path)
@@ -78,11 +77,15 @@ def load(
     if context is not None and context > config.context:
         raise ValueError(f"context: {path} was made for {config.context} tokens, got {context}")
     check_tensors(file, config)
+    chosen = backends.choose(
+        "decoder_blocks", backend, device=torch.device("cpu"), dtype=torch.float32, head_dim=config.head_dim
+    )
     tokenizer = Tokenizer.from_gguf(file.metadata)
     if tokenizer.vocab_size != config.vocab:
         raise ModelFileError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding {config.vocab} rows"
         )
+    file.release_header()
     weights = load_weights(file, config, pack=chosen == "cpu", progress=progress)
     weights.report.seconds = time.perf_counter() - clock
     return LM(
