@@ -16,9 +16,6 @@ namespace fastdl {
 FASTDL_PHILOX uint32_t philox(uint64_t seed, uint64_t index) {
   uint32_t c0 = (uint32_t)index, c1 = (uint32_t)(index >> 32), c2 = 0, c3 = 0;
   uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
-#if defined(__CUDACC__)
-#pragma unroll
-#endif
   for (int round = 0; round < 10; ++round) {
     const uint64_t a = (uint64_t)c0 * 0xD2511F53u, b = (uint64_t)c2 * 0xCD9E8D57u;
     c0 = (uint32_t)(b >> 32) ^ c1 ^ k0;

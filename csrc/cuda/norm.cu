@@ -1,161 +1,84 @@
 // fastdl::norm_forward, fastdl::norm_backward, CUDA key: checks, allocation, launches. Contract: fastdl/ops/norm.py.
-#include "common/rows.h"
+#include "common/norm_tensors.h"
 #include "cuda/norm_backward.cuh"
 #include "cuda/wrapper.h"
 
-#include <optional>
-#include <tuple>
-
 namespace fastdl::cuda {
 namespace {
-
-using Optional = std::optional<Tensor>;
-using torch::stable::contiguous;
-using torch::stable::new_empty;
-using torch::stable::new_zeros;
-
-struct Parameters {
-  std::optional<Tensor> weight, bias;  // contiguous
-  bool is_float = false;
-};
-
-Parameters parameters(const Tensor& x, const Optional& weight, const Optional& bias) {
-  Parameters found;
-  const auto take = [&](const Optional& given, Optional& to, const char* message) {
-    if (!given) return;
-    check((given->scalar_type() == x.scalar_type() || given->scalar_type() == ScalarType::Float) &&
-              given->numel() == x.size(x.dim() - 1) && same_device(*given, x),
-          message);
-    to = contiguous(*given);
-    found.is_float = given->scalar_type() == ScalarType::Float;
-  };
-  take(weight, found.weight, "weight: expected [cols], in the dtype of x or float32");
-  take(bias, found.bias, "bias: expected [cols], in the dtype of x or float32");
-  check(!weight || !bias || weight->scalar_type() == bias->scalar_type(), "weight, bias: expected one dtype");
-  return found;
-}
-
-const int64_t* seed_pointer(const Tensor& x, const Optional& seed) {
-  if (!seed) return nullptr;
-  check(seed->scalar_type() == ScalarType::Long && seed->numel() == 1 && same_device(*seed, x),
-        "seed: expected int64 [1] on the device of x");
-  return static_cast<const int64_t*>(seed->const_data_ptr());
-}
 
 template <class T>
 T* output(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-const void* pointer(const Optional& t) { return t ? t->const_data_ptr() : nullptr; }
-
-float keep_scale(double p) { return p >= 1 ? 0.0f : static_cast<float>(1.0 / (1.0 - p)); }
-
-void check_like(const Tensor& x, const Optional& other, const char* message) {
-  if (!other) return;
-  bool same = other->scalar_type() == x.scalar_type() && same_device(*other, x) && other->dim() == x.dim();
-  for (int64_t d = 0; same && d < x.dim(); ++d) same = other->size(d) == x.size(d);
-  check(same, message);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> norm_forward(const Tensor& x, const Optional& residual, const Optional& weight,
-                                                        const Optional& bias, const Optional& seed, double p, double eps,
-                                                        double offset, bool rms) {
-  check(x.dim() >= 1 && x.size(x.dim() - 1) > 0, "x: expected [..., cols]");
-  check_like(x, residual, "residual: expected shape, dtype and device of x");
+FourTensors norm_forward(const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
+                         const OptionalTensor& bias, const OptionalTensor& seed, double p, double eps, double offset,
+                         bool rms) {
   const Device device(x);
-  const Rows in = rows_of(x);
-  const Optional other = residual ? Optional(*residual) : std::nullopt;
-  const Rows add = other ? rows_of(*other) : in;
-  const Parameters affine = parameters(x, weight, bias);
-  std::vector<int64_t> shape, lead;
-  for (int64_t d = 0; d < x.dim(); ++d) shape.push_back(x.size(d));
-  lead.assign(shape.begin(), shape.end() - 1);
-  const std::vector<int64_t> none{0};
-  const bool plain = !residual && !seed;
-  Tensor y = new_empty(x, shape), s = new_empty(x, plain ? none : shape);
-  Tensor mean = new_empty(x, rms ? none : lead, ScalarType::Float), rstd = new_empty(x, lead, ScalarType::Float);
+  const NormForwardTensors t(x, residual, weight, bias, seed, rms);
   for_float_type(x, "x", [&](auto type) {
     using T = decltype(type);
-    const NormForward<T> a{in.data<T>(),
-                           residual ? add.data<T>() : nullptr,
-                           pointer(affine.weight),
-                           pointer(affine.bias),
-                           seed_pointer(x, seed),
-                           output<T>(y),
-                           plain ? nullptr : output<T>(s),
-                           rms ? nullptr : output<float>(mean),
-                           output<float>(rstd),
-                           in.count,
-                           in.cols,
-                           in.stride,
-                           add.stride,
-                           static_cast<float>(p),
-                           keep_scale(p),
-                           static_cast<float>(eps),
-                           weight ? static_cast<float>(offset) : 0.0f,
-                           affine.is_float};
+    NormForward<T> a{};
+    a.x = t.x.data<T>();
+    a.residual = residual ? t.residual.data<T>() : nullptr;
+    a.weight = pointer(t.parameters.weight);
+    a.bias = pointer(t.parameters.bias);
+    a.seed = seed_pointer(x, seed);
+    a.y = output<T>(t.y);
+    a.s = t.plain ? nullptr : output<T>(t.s);
+    a.mean = rms ? nullptr : output<float>(t.mean);
+    a.rstd = output<float>(t.rstd);
+    a.rows = t.x.count;
+    a.cols = t.x.cols;
+    a.x_stride = t.x.stride;
+    a.residual_stride = t.residual.stride;
+    a.p = static_cast<float>(p);
+    a.scale = keep_scale(p);
+    a.eps = static_cast<float>(eps);
+    a.offset = weight ? static_cast<float>(offset) : 0.0f;
+    a.float_parameters = t.parameters.is_float;
     check_launch("norm_forward", norm_forward_launch(a, device.stream()));
   });
-  return {y, s, mean, rstd};
+  return {t.y, t.s, t.mean, t.rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(const Tensor& grad, const Optional& grad_sum, const Tensor& s,
-                                                         const Optional& weight, const Tensor& mean, const Tensor& rstd,
-                                                         const Optional& seed, double p, double, double offset, bool rms,
-                                                         bool need_weight, bool need_bias) {
-  check(s.dim() >= 1 && s.size(s.dim() - 1) > 0, "s: expected [..., cols]");
-  check_like(s, grad, "grad: expected shape, dtype and device of s");
-  check_like(s, grad_sum, "grad_sum: expected shape, dtype and device of s");
+FourTensors norm_backward(const Tensor& grad, const OptionalTensor& grad_sum, const Tensor& s,
+                          const OptionalTensor& weight, const Tensor& mean, const Tensor& rstd,
+                          const OptionalTensor& seed, double p, double, double offset, bool rms, bool need_weight,
+                          bool need_bias) {
   const Device device(s);
-  const Rows in = rows_of(s), d = rows_of(grad), extra = grad_sum ? rows_of(*grad_sum) : in;
-  const auto statistic = [&](const Tensor& t) {
-    return t.scalar_type() == ScalarType::Float && t.numel() == in.count && same_device(t, s);
-  };
-  check(statistic(rstd) && (rms || statistic(mean)), "mean, rstd: expected float32 [rows]");
-  const Tensor means = contiguous(mean), deviations = contiguous(rstd);
-  const Parameters affine = parameters(s, weight, std::nullopt);
-  std::vector<int64_t> shape;
-  for (int64_t i = 0; i < s.dim(); ++i) shape.push_back(s.size(i));
-  const std::vector<int64_t> none{0}, width{in.cols};
-  Tensor ds = new_empty(s, shape), dx = new_empty(s, seed ? shape : none);
-  // Without a row no kernel runs, and the sums are zero.
-  const auto sums = [&](bool need) {
-    if (need && in.count == 0) return new_zeros(s, width, ScalarType::Float);
-    return new_empty(s, need ? width : none, ScalarType::Float);
-  };
-  Tensor dweight = sums(need_weight), dbias = sums(need_bias);
+  const NormBackwardTensors t(grad, grad_sum, s, weight, mean, rstd, seed, rms, need_weight, need_bias);
   for_float_type(s, "s", [&](auto type) {
     using T = decltype(type);
-    NormBackward<T> a{d.data<T>(),
-                      grad_sum ? extra.data<T>() : nullptr,
-                      in.data<T>(),
-                      pointer(affine.weight),
-                      rms ? nullptr : static_cast<const float*>(means.const_data_ptr()),
-                      static_cast<const float*>(deviations.const_data_ptr()),
-                      seed_pointer(s, seed),
-                      output<T>(ds),
-                      seed ? output<T>(dx) : nullptr,
-                      nullptr,
-                      in.count,
-                      in.cols,
-                      d.stride,
-                      extra.stride,
-                      in.stride,
-                      0,
-                      static_cast<float>(p),
-                      keep_scale(p),
-                      weight ? static_cast<float>(offset) : 0.0f,
-                      affine.is_float};
+    NormBackward<T> a{};
+    a.grad = t.grad.data<T>();
+    a.grad_sum = grad_sum ? t.grad_sum.data<T>() : nullptr;
+    a.s = t.s.data<T>();
+    a.weight = pointer(t.parameters.weight);
+    a.mean = rms ? nullptr : static_cast<const float*>(t.mean.const_data_ptr());
+    a.rstd = static_cast<const float*>(t.rstd.const_data_ptr());
+    a.seed = seed_pointer(s, seed);
+    a.ds = output<T>(t.ds);
+    a.dx = seed ? output<T>(t.dx) : nullptr;
+    a.rows = t.s.count;
+    a.cols = t.s.cols;
+    a.grad_stride = t.grad.stride;
+    a.grad_sum_stride = t.grad_sum.stride;
+    a.s_stride = t.s.stride;
+    a.p = static_cast<float>(p);
+    a.scale = keep_scale(p);
+    a.offset = weight ? static_cast<float>(offset) : 0.0f;
+    a.float_parameters = t.parameters.is_float;
     const NormPlan plan = norm_backward_plan(a);
     a.parts = plan.parts;
-    const bool wanted = need_weight || need_bias;
-    Tensor partial = new_empty(s, wanted ? std::vector<int64_t>{2, plan.parts, in.cols} : none, ScalarType::Float);
-    if (wanted) a.partial = output<float>(partial);
-    check_launch("norm_backward", norm_backward_launch(a, plan, need_weight ? output<float>(dweight) : nullptr,
-                                                       need_bias ? output<float>(dbias) : nullptr, device.stream()));
+    const bool sums = need_weight || need_bias;
+    const std::vector<int64_t> partial_shape{2, sums ? plan.parts : 0, a.cols};
+    const Tensor partial = torch::stable::new_empty(s, partial_shape, ScalarType::Float);
+    a.partial = sums ? output<float>(partial) : nullptr;
+    check_launch("norm_backward", norm_backward_launch(a, plan, need_weight ? output<float>(t.dweight) : nullptr,
+                                                       need_bias ? output<float>(t.dbias) : nullptr, device.stream()));
   });
-  return {ds, dx, dweight, dbias};
+  return {t.ds, t.dx, t.dweight, t.dbias};
 }
 
 }  // namespace

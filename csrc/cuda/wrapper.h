@@ -57,10 +57,6 @@ class Device {
 
 #endif
 
-inline bool same_device(const Tensor& a, const Tensor& b) {
-  return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
-}
-
 inline void check_launch(const char* op, cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("fastdl::") + op + ": " + cudaGetErrorString(error));
 }

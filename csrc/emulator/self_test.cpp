@@ -171,7 +171,9 @@ __global__ void big_shared_kernel() {
 
 __global__ void grid_barrier_kernel(unsigned* barrier) { ptx::grid_barrier(barrier); }
 
+#if defined(__SANITIZE_ADDRESS__)
 __global__ void global_out_of_bounds_kernel(float* y) { y[threadIdx.x + 1] = 0.0f; }
+#endif
 
 // ---- Running them -------------------------------------------------------------------------------------------------
 

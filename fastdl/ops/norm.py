@@ -144,8 +144,6 @@ def layer_norm(
 
     Source: Ba, Kiros and Hinton, "Layer Normalization" (2016).
     """
-    if x.device.type == "cuda" and x.dtype in (torch.float16, torch.bfloat16) and torch.is_autocast_enabled("cuda"):
-        x = x.float()
     return _norm("layer_norm", x, residual, weight, bias, dropout_p, eps, 0.0, return_sum, backend)
 
 
@@ -180,6 +178,8 @@ def rms_norm(
 
 def _norm(room, x, residual, weight, bias, p, eps, offset, return_sum, backend):
     _check(x, residual, weight, bias, p, eps)
+    if room == "layer_norm" and x.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
+        x = x.to(torch.promote_types(x.dtype, torch.float32))  # what autocast does to torch's layer_norm
     if residual is not None and residual.dtype != x.dtype:
         dtype = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(dtype), residual.to(dtype)

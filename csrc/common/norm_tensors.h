@@ -1,0 +1,136 @@
+// What the CPU and CUDA wrappers of room norm share: checks for memory safety, and the outputs.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "common/rows.h"
+
+namespace fastdl {
+
+using OptionalTensor = std::optional<Tensor>;
+using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+inline bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
+}
+
+inline std::vector<int64_t> shape_of(const Tensor& x) {
+  std::vector<int64_t> shape;
+  for (int64_t d = 0; d < x.dim(); ++d) shape.push_back(x.size(d));
+  return shape;
+}
+
+inline void check_like(const Tensor& x, const Tensor& other, const char* message) {
+  check(other.scalar_type() == x.scalar_type() && same_device(x, other) && shape_of(x) == shape_of(other), message);
+}
+
+inline const void* pointer(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
+
+inline float keep_scale(double p) { return p >= 1 ? 0.0f : static_cast<float>(1.0 / (1.0 - p)); }
+
+// weight and bias: contiguous, of one dtype, which is that of x or float32.
+struct NormParameters {
+  OptionalTensor weight, bias;
+  bool is_float = false;
+
+  NormParameters(const Tensor& x, const OptionalTensor& weight_, const OptionalTensor& bias_) {
+    take(x, weight_, weight, "weight: expected [cols] in the dtype of x or float32");
+    take(x, bias_, bias, "bias: expected [cols] in the dtype of x or float32");
+    check(!weight || !bias || weight->scalar_type() == bias->scalar_type(), "weight, bias: expected one dtype");
+  }
+
+ private:
+  void take(const Tensor& x, const OptionalTensor& given, OptionalTensor& to, const char* message) {
+    if (!given) return;
+    const bool wide = given->scalar_type() == ScalarType::Float;
+    check((wide || given->scalar_type() == x.scalar_type()) && given->dim() == 1 &&
+              given->numel() == x.size(x.dim() - 1) && same_device(*given, x),
+          message);
+    is_float = wide;
+    to = torch::stable::contiguous(*given);
+  }
+};
+
+inline const int64_t* seed_pointer(const Tensor& x, const OptionalTensor& seed) {
+  if (!seed) return nullptr;
+  check(seed->scalar_type() == ScalarType::Long && seed->numel() == 1 && same_device(*seed, x),
+        "seed: expected int64 [1] on the device of x");
+  return static_cast<const int64_t*>(seed->const_data_ptr());
+}
+
+struct NormForwardTensors {
+  Rows x, residual;  // residual: x where there is none
+  NormParameters parameters;
+  Tensor y, s, mean, rstd;
+  bool plain;  // no residual, no dropout: s is x
+
+  NormForwardTensors(const Tensor& x_, const OptionalTensor& residual_, const OptionalTensor& weight,
+                     const OptionalTensor& bias, const OptionalTensor& seed, bool rms)
+      : x(checked(x_)),
+        residual(residual_ ? like(x_, *residual_) : x),
+        parameters(x_, weight, bias),
+        plain(!residual_ && !seed) {
+    using torch::stable::new_empty;
+    const std::vector<int64_t> shape = shape_of(x_), rows(shape.begin(), shape.end() - 1), none{0};
+    y = new_empty(x_, shape);
+    s = new_empty(x_, plain ? none : shape);
+    mean = new_empty(x_, rms ? none : rows, ScalarType::Float);
+    rstd = new_empty(x_, rows, ScalarType::Float);
+  }
+
+ private:
+  static Rows checked(const Tensor& x) {
+    check(x.dim() >= 1 && x.size(x.dim() - 1) > 0, "x: expected [..., cols]");
+    return rows_of(x);
+  }
+  static Rows like(const Tensor& x, const Tensor& residual) {
+    check_like(x, residual, "residual: expected shape, dtype and device of x");
+    return rows_of(residual);
+  }
+};
+
+struct NormBackwardTensors {
+  Rows grad, grad_sum, s;  // grad_sum: s where there is none
+  NormParameters parameters;
+  Tensor mean, rstd;  // contiguous
+  Tensor ds, dx, dweight, dbias;
+
+  NormBackwardTensors(const Tensor& grad_, const OptionalTensor& grad_sum_, const Tensor& s_,
+                      const OptionalTensor& weight, const Tensor& mean_, const Tensor& rstd_,
+                      const OptionalTensor& seed, bool rms, bool need_weight, bool need_bias)
+      : grad(like(s_, grad_, "grad: expected shape, dtype and device of s")),
+        grad_sum(grad_sum_ ? like(s_, *grad_sum_, "grad_sum: expected shape, dtype and device of s") : grad),
+        s(rows_of(s_)),
+        parameters(s_, weight, std::nullopt),
+        mean(torch::stable::contiguous(mean_)),
+        rstd(torch::stable::contiguous(rstd_)) {
+    using torch::stable::new_empty;
+    const auto fits = [&](const Tensor& t) {
+      return t.scalar_type() == ScalarType::Float && t.numel() == s.count && same_device(t, s_);
+    };
+    check(fits(rstd) && (rms || fits(mean)), "mean, rstd: expected float32 [rows]");
+    const std::vector<int64_t> shape = shape_of(s_), none{0}, width{s.cols};
+    ds = new_empty(s_, shape);
+    dx = new_empty(s_, seed ? shape : none);
+    // Without a row no kernel runs, and the sums are zero.
+    const auto sums = [&](bool need) {
+      if (need && s.count == 0) return torch::stable::new_zeros(s_, width, ScalarType::Float);
+      return new_empty(s_, need ? width : none, ScalarType::Float);
+    };
+    dweight = sums(need_weight);
+    dbias = sums(need_bias);
+  }
+
+ private:
+  static Rows like(const Tensor& s, const Tensor& other, const char* message) {
+    check(s.dim() >= 1 && s.size(s.dim() - 1) > 0, "s: expected [..., cols]");
+    check_like(s, other, message);
+    return rows_of(other);
+  }
+};
+
+}  // namespace fastdl
