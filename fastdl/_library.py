@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -119,6 +120,15 @@ def twin_of(backend: str, device: torch.device) -> str:
     if backend == "cuda" and device.type == "cpu":
         return "emulated"
     return backend if backend in ("torch", "triton") else "native"
+
+
+def triton_twin(room: str, function: str) -> Callable[..., Any]:
+    """``function`` of kernels/<room>.py for :class:`Op`; the module, and Triton with it, is imported at the call."""
+
+    def call(*arguments: Any) -> Any:
+        return getattr(importlib.import_module(f"fastdl.kernels.{room}"), function)(*arguments)
+
+    return call
 
 
 def add_emulated_twins(wrap: Callable[[Callable[..., Any], str], Callable[..., Any]]) -> None:

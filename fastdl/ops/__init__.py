@@ -32,7 +32,7 @@ ROOMS: dict[str, Room] = {
         ("quantize", "quant_matmul", "quant_embedding", "auto_activation"), ("cpu",), ("QuantLinear", "QuantEmbedding")
     ),
     "decoder_block": Room(("decoder_blocks", "DecoderStack", "DecoderLayer"), ("cpu",)),
-    "norm": Room(("layer_norm", "rms_norm"), ("cpu", "cuda"), ("LayerNorm", "RMSNorm")),
+    "norm": Room(("layer_norm", "rms_norm"), ("cpu", "cuda", "triton"), ("LayerNorm", "RMSNorm")),
     "rope": Room(("rope", "rope_table")),
     "attention": Room(("attention",)),
     "activation": Room(("swiglu",)),

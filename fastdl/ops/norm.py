@@ -8,10 +8,11 @@
 dtypes of x: float32, bfloat16, float16, and float64 on the torch back end. weight and bias may have another dtype.
 Gradients to x, residual, weight and bias; twice (statistics are recomputed from s in the double backward).
 
-Back ends: cpu (csrc/cpu/norm*.cpp), cuda (csrc/cuda/norm*.cuh), torch (fastdl/reference/norm.py). What they refuse:
+Back ends: cpu (csrc/cpu/norm*.cpp), cuda (csrc/cuda/norm*.cuh), triton (kernels/norm.py), torch
+(fastdl/reference/norm.py). What they refuse:
 
     | back end          | refuses                | because                             |
-    | cpu, cuda         | float64                | its kernels accumulate in float32   |
+    | cpu, cuda, triton | float64                | its kernels accumulate in float32   |
 
 Under CUDA autocast layer_norm computes in float32, as torch's does. Test: ``pytest tests/test_norm.py``; benchmark:
 ``pytest bench/bench_norm.py``.
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .. import backend as backends
-from .._library import Op, gradient_of, twin_of
+from .._library import Op, gradient_of, triton_twin, twin_of
 from ..reference import norm as reference
 
 __all__ = ["layer_norm", "rms_norm"]
@@ -57,6 +58,7 @@ FORWARD = Op(
     "float offset, bool rms) -> (Tensor y, Tensor s, Tensor mean, Tensor rstd)",
     fake=_fake_forward,
     reference=reference.norm_forward,
+    triton=triton_twin("norm", "norm_forward"),
 )
 BACKWARD = Op(
     "norm_backward(Tensor grad, Tensor? grad_sum, Tensor s, Tensor? weight, Tensor mean, Tensor rstd, Tensor? seed, "
@@ -64,6 +66,7 @@ BACKWARD = Op(
     "-> (Tensor ds, Tensor dx, Tensor dweight, Tensor dbias)",
     fake=_fake_backward,
     reference=reference.norm_backward,
+    triton=triton_twin("norm", "norm_backward"),
 )
 
 
@@ -105,7 +108,7 @@ def _refuse(*, dtype: torch.dtype, **facts) -> str | None:
 
 
 for _room in ("layer_norm", "rms_norm"):
-    backends.register_room(_room, {"cpu": _refuse, "cuda": _refuse})
+    backends.register_room(_room, {"cpu": _refuse, "cuda": _refuse, "triton": _refuse})
 
 
 def layer_norm(
@@ -131,7 +134,7 @@ def layer_norm(
     dropout_p   0 <= p <= 1: each element of x is zeroed with probability p and scaled by 1 / (1 - p) otherwise, by one
                 seed drawn from torch's generator; pass 0 in evaluation
     return_sum  return (y, s): s is what the next pre-norm block adds to (x itself without residual and dropout)
-    backend     None or "auto", "cpu", "torch"
+    backend     None or "auto", "cpu", "cuda", "triton", "torch"
 
     Returns y [..., cols] in the dtype of x. Zero rows give zero rows. Differentiable twice in x, residual, weight, bias.
     Raises TypeError or ValueError naming the argument; fastdl.BackendError if ``backend`` cannot.

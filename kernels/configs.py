@@ -1,0 +1,87 @@
+"""How the Triton kernels are launched: a static table per architecture, so that a choice depends on no timing.
+
+    config("norm_forward", 90, 4096)      Config(rows=1, num_warps=8, num_stages=1, programs=0)
+
+The figures follow from registers as `make triton-compile` prints them, not from timings: 8 to 32 elements of a row a
+thread, no spills, and as many programs as a multiprocessor's 65,536 registers hold at once. A tile has at least 1024
+elements, so that narrow rows share a program. Triton is not imported here.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)  # compute capabilities that tools/triton_compile.py compiles for
+
+
+class Config(NamedTuple):
+    """rows: of the tile [rows, block]; programs: per multiprocessor, for kernels whose grid is the GPU's size."""
+
+    rows: int
+    num_warps: int
+    num_stages: int = 1
+    programs: int = 0
+
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """Triton's launch options. Fused multiply-add is named, because versions of Triton differ in the default."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+
+
+_TABLE: dict[str, dict[int, Config]] = {
+    # kernel: block -> configuration. The largest block is the widest row that is held in registers.
+    "norm_forward": {
+        64: Config(16, 4),
+        128: Config(8, 4),
+        256: Config(4, 4),
+        512: Config(2, 4),
+        1024: Config(1, 4),
+        2048: Config(1, 4),
+        4096: Config(1, 8),
+        8192: Config(1, 16),
+        16384: Config(1, 16),
+    },
+    "norm_forward_stream": {4096: Config(1, 8)},
+    "norm_backward": {
+        64: Config(16, 4, programs=5),
+        128: Config(8, 4, programs=4),
+        256: Config(4, 4, programs=4),
+        512: Config(2, 4, programs=4),
+        1024: Config(1, 4, programs=6),
+        2048: Config(1, 8, programs=3),
+        4096: Config(1, 16, programs=1),
+    },
+    "norm_backward_stream": {2048: Config(1, 8)},
+    "norm_columns": {128: Config(32, 4)},
+    "norm_partials": {128: Config(32, 4)},
+}
+
+# Where a class of architectures departs from the table.
+_CLASSES = {75: "turing", 80: "ampere", 89: "ada", 90: "hopper", 100: "blackwell", 120: "blackwell"}  # from cc on
+_DEPARTURES: dict[str, dict[tuple[str, int], Config]] = {
+    # 12 registers a thread more than the others
+    "turing": {
+        ("norm_backward", 1024): Config(1, 4, programs=5),
+        ("norm_backward", 2048): Config(1, 8, programs=2),
+    },
+}
+
+
+def config(kernel: str, cc: int | None, block: int) -> Config:
+    """The configuration of a kernel for tiles ``block`` wide.
+
+    cc   compute capability: 90 for 9.0; an unknown one counts as the last before it; None when interpreted
+    """
+    known = [name for first, name in _CLASSES.items() if cc is not None and first <= cc]
+    departures = _DEPARTURES.get(known[-1], {}) if known else {}
+    return departures.get((kernel, block)) or _TABLE[kernel][block]
+
+
+def blocks(kernel: str) -> tuple[int, ...]:
+    """Every width of tile that a kernel is launched with, ascending."""
+    return tuple(sorted(_TABLE[kernel]))
+
+
+def block_for(kernel: str, cols: int) -> int | None:
+    """The narrowest tile that holds ``cols`` columns; None where the widest does not."""
+    return next((block for block in blocks(kernel) if block >= cols), None)
