@@ -29,9 +29,9 @@ CPP := find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 # Stamps live in the environment, so that a second run asks pip nothing.
 STAMP := $(VENV)/.fastdl
 
-.PHONY: help run test build wheel sanitize bench lint format clean
+.PHONY: help run test build wheel sanitize triton-compile bench lint format clean
 help: ## this list
-	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 
 run: $(STAMP)-install ## environment, build, demo model, text streaming to the terminal: make run PROMPT="..."
 	@[ -f "$$(cat $(STAMP)-model 2>/dev/null)" ] || \
@@ -51,8 +51,18 @@ wheel: $(STAMP)-build ## dist/*.whl with code for every CUDA architecture, check
 sanitize: $(STAMP)-test ## the native kernels under the address and undefined-behaviour sanitizers
 	tools/sanitize.sh $(PY) $(PYTEST_ARGS)
 
+triton-compile: $(STAMP)-test ## every Triton kernel and configuration, compiled for every architecture; needs no GPU
+	$(PY) tools/triton_compile.py
+
 bench: $(STAMP)-bench ## benchmarks of every room against named peers
 	$(PY) -m pytest bench $(PYTEST_ARGS)
+
+compile-all: $(STAMP)-test ## every CUDA source for every architecture, warnings are errors, no spills
+	FASTDL_CUDA=on FASTDL_CUDA_ARCHS=all FASTDL_WERROR=1 $(PY) setup.py --quiet build_ext --build-lib build/compile-all
+	$(PY) tools/cuda_report.py --check build/compile-all/fastdl/libfastdl_ops.so
+
+cuda-report: $(STAMP)-test ## registers, shared memory and spills of every CUDA kernel
+	$(PY) tools/cuda_report.py
 
 lint: $(STAMP)-lint ## ruff and clang-format
 	$(VENV)/bin/ruff check .

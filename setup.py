@@ -158,8 +158,8 @@ if __name__ == "__main__":
     if {"dist_info", "editable_wheel", "bdist_wheel", "build_ext", "install", "develop"} & set(sys.argv):
         require_torch()
     setup(
-        # The top-level folder kernels/ is installed inside the package.
-        packages=[*find_packages(include=["fastdl", "fastdl.*"]), "fastdl.kernels"],
+        # The top-level folder kernels/ is installed inside the package; in the source tree a link stands there.
+        packages=sorted({*find_packages(include=["fastdl", "fastdl.*"]), "fastdl.kernels"}),
         package_dir={"fastdl.kernels": "kernels"},
         ext_modules=[Extension("fastdl._native", sources=[])],
         cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},

@@ -77,6 +77,11 @@ def config(kernel: str, cc: int | None, block: int) -> Config:
     return departures.get((kernel, block)) or _TABLE[kernel][block]
 
 
+def kernels() -> tuple[str, ...]:
+    """Every kernel of the table."""
+    return tuple(_TABLE)
+
+
 def blocks(kernel: str) -> tuple[int, ...]:
     """Every width of tile that a kernel is launched with, ascending."""
     return tuple(sorted(_TABLE[kernel]))

@@ -53,7 +53,7 @@ def test_dropout_is_that_of_philox(seed, first):
 @pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
 @pytest.mark.parametrize("stream", [False, True], ids=["rows", "stream"])
 def test_sums_over_rows(monkeypatch, stream, rms):
-    """More rows than programs, in registers and as streams (of small tiles); gradients that are asked for one by one."""
+    """More rows than programs, in registers and as streams of small tiles; gradients asked for one by one."""
     pytest.importorskip("triton")
     from fastdl.kernels import norm
 

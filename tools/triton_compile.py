@@ -5,7 +5,7 @@ architecture. Needs no GPU.
     python tools/triton_compile.py --arch 80 90 --room norm --kernel norm_backward
 
 Rooms are the modules of kernels/ that have ``compile_cases(cc)``. One line per kernel and architecture with registers a
-thread, bytes of stack a thread (spills) and shared memory; exit status 1 when a kernel does not compile.
+thread, bytes of stack a thread (spills) and bytes of shared memory; exit status 1 when a kernel does not compile.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported
@@ -33,7 +34,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import fastdl.kernels
-from fastdl.kernels.configs import ARCHITECTURES
+from fastdl.kernels.configs import ARCHITECTURES, kernels
 
 
 def rooms() -> list[str]:
@@ -82,24 +83,37 @@ def main() -> int:
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, help="compute capabilities, e.g. 80 90")
     parser.add_argument("--room", nargs="+", default=rooms(), help="modules of kernels/")
     parser.add_argument("--kernel", nargs="+", help="kernels or cases, e.g. norm_forward or 'norm_forward[1024]'")
+    parser.add_argument("--ends", action="store_true", help="only the narrowest and the widest tile of a kernel")
     parser.add_argument("--jobs", type=int, default=2, help="processes (2)")
     args = parser.parse_args()
 
     def chosen() -> Iterator[tuple[str, int, int]]:
         for room in args.room:
             for cc in args.arch:
-                for index, case in enumerate(cases(room, cc)):
-                    if not args.kernel or {case.name, case.name.split("[")[0]} & set(args.kernel):
+                found = cases(room, cc)
+                names = [case.name.split("[")[0] for case in found]
+                for index, case in enumerate(found):
+                    end = names[index] not in names[:index] or names[index] not in names[index + 1 :]
+                    if (end or not args.ends) and (not args.kernel or {case.name, names[index]} & set(args.kernel)):
                         yield room, index, cc
 
+    known = {case.name.split("[")[0] for room in rooms() for case in cases(room, ARCHITECTURES[0])}
+    if known != set(kernels()):
+        parser.error(f"not both in kernels/configs.py and in a room's compile_cases: {sorted(known ^ set(kernels()))}")
     start, work, failures = time.perf_counter(), list(chosen()), 0
     if not work:
         parser.error("nothing to compile: no kernel has this name")
     with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("fork")) as pool:
-        for done, line in pool.map(compile_case, *zip(*work, strict=True)):
+        futures = [pool.submit(compile_case, *item) for item in work]
+        for (room, index, cc), future in zip(work, futures, strict=True):
+            try:
+                done, line = future.result()
+            except BrokenProcessPool:  # LLVM aborts; nothing after that runs
+                done, line = False, f"{cases(room, cc)[index].name} sm_{cc}: the compiler crashed, here or just before"
             failures += not done
             print(line if done else f"FAILED {line}", flush=True)
-    print(f"{len(work)} compiled, {failures} failed, {time.perf_counter() - start:.0f} s with {args.jobs} processes")
+    seconds = time.perf_counter() - start
+    print(f"{len(work) - failures} compiled, {failures} failed, {seconds:.0f} s with {args.jobs} processes")
     return 1 if failures else 0
 
 
