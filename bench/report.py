@@ -111,7 +111,7 @@ def lines(bench: str, records: dict[str, dict]) -> list[str]:
     """Plain lines of a bench's records, for the terminal and for --details."""
     made = []
     for key, record in sorted(records.items()):
-        made += {"llm": llm_lines, "quant_matmul": sides_lines, "decoder_block": sides_lines}[bench](key, record)
+        made += LINES[bench](key, record)
     return made
 
 
@@ -168,6 +168,18 @@ def write_readme(path: Path, found: dict[str, list[dict]]) -> None:
     before, rest = text.split(begin)
     tables = f"{begin}\n{goal_table(found)}\n\n{products_table(found)}\n{end}"
     path.write_text(before + tables + rest.split(end)[1], encoding="utf-8")
+
+
+def norm_lines(key: str, record: dict) -> list[str]:
+    ours, theirs = record["sides"]["fastdl"], record["sides"]["torch"]
+    return [
+        f"- {key}: {times(record['ratio'])} torch, {ours['seconds']['median'] * 1e6:.1f} us and "
+        f"{theirs['seconds']['median'] * 1e6:.1f} us, {ours['gb_per_s']} GB/s = {ours['share_of_read_limit']:.0%} of the "
+        f"read limit, relative error {ours['relative_error']:.1e}"
+    ]
+
+
+LINES = {"llm": llm_lines, "quant_matmul": sides_lines, "decoder_block": sides_lines, "norm": norm_lines}
 
 
 def details(found: dict[str, list[dict]]) -> str:

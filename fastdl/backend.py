@@ -82,6 +82,7 @@ def unfit(path: Path) -> str | None:
 
 def _load() -> None:
     """Load the compiled library, once; remember why not. Called at the end of ``import fastdl``."""
+    _choices.clear()
     _native_state.library, _native_state.error = None, None
     path = library_path()
     try:
@@ -173,6 +174,9 @@ def build_info() -> dict[str, str]:
 # ---- Rooms and the choice of a back end -------------------------------------------------------------------------
 
 
+_choices: dict[tuple, str] = {}  # what `choose` found, for calls without facts
+
+
 @dataclass
 class _Room:
     backends: dict[str, Refusal | None]
@@ -197,6 +201,7 @@ def register_room(
     unknown = set(backends) - set(BACKENDS)
     if unknown:
         raise ValueError(f"room {name!r}: unknown back ends {sorted(unknown)}; expected some of {BACKENDS}")
+    _choices.clear()
     _rooms[name] = _Room({"torch": None, **backends}, facts)
 
 
@@ -255,9 +260,25 @@ def choose(
 
     An explicit choice that cannot run raises :class:`BackendError`; it never falls back.
     """
+    if refusals is None and not facts:  # the answer is a function of these alone, and asked for at every call
+        key = (room, requested, device, dtype, os.environ.get("FASTDL_BACKEND"), _library.emulating)
+        found = _choices.get(key)
+        if found is None:
+            found = _choices[key] = _choose(room, requested, device, dtype, {}, {})
+        return found
+    return _choose(room, requested, device, dtype, refusals or {}, facts)
+
+
+def _choose(
+    room: str,
+    requested: str | None,
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+    overrides: Mapping[str, str | None],
+    facts: Mapping[str, Any],
+) -> str:
     check_environment()
     device = torch.device(device)
-    overrides = refusals or {}
     source = "backend="
     if requested is None or requested == "auto":
         requested, source = os.environ.get("FASTDL_BACKEND", "auto") or "auto", "FASTDL_BACKEND="

@@ -81,8 +81,6 @@ def _in_every_order(call: Callable[..., Any], name: str) -> Callable[..., Any]:
     """The op, run once for each order of threads; the results must be equal to the bit."""
 
     def run(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or any(map(_symbolic, arguments)):
-            return call(*arguments)
         results = []
         for number, _ in enumerate(ORDERS):
             _State.library.fastdl_emulator_set_order(number)
@@ -98,11 +96,6 @@ def _in_every_order(call: Callable[..., Any], name: str) -> Callable[..., Any]:
         return results[0]
 
     return run
-
-
-def _symbolic(argument: Any) -> bool:
-    """A compiler's tensor, which holds no numbers."""
-    return isinstance(argument, Tensor) and type(argument) not in (Tensor, torch.nn.Parameter)
 
 
 def _tensors(result: Any) -> list[Tensor]:

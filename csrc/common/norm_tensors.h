@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -18,14 +19,11 @@ inline bool same_device(const Tensor& a, const Tensor& b) {
   return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
 }
 
-inline std::vector<int64_t> shape_of(const Tensor& x) {
-  std::vector<int64_t> shape;
-  for (int64_t d = 0; d < x.dim(); ++d) shape.push_back(x.size(d));
-  return shape;
-}
-
 inline void check_like(const Tensor& x, const Tensor& other, const char* message) {
-  check(other.scalar_type() == x.scalar_type() && same_device(x, other) && shape_of(x) == shape_of(other), message);
+  const auto a = x.sizes(), b = other.sizes();
+  check(other.scalar_type() == x.scalar_type() && same_device(x, other) &&
+            std::equal(a.begin(), a.end(), b.begin(), b.end()),
+        message);
 }
 
 inline const void* pointer(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
@@ -51,7 +49,7 @@ struct NormParameters {
               given->numel() == x.size(x.dim() - 1) && same_device(*given, x),
           message);
     is_float = wide;
-    to = torch::stable::contiguous(*given);
+    to = as_contiguous(*given);
   }
 };
 
@@ -74,12 +72,11 @@ struct NormForwardTensors {
         residual(residual_ ? like(x_, *residual_) : x),
         parameters(x_, weight, bias),
         plain(!residual_ && !seed) {
-    using torch::stable::new_empty;
     const std::vector<int64_t> shape = shape_of(x_), rows(shape.begin(), shape.end() - 1), none{0};
-    y = new_empty(x_, shape);
-    s = new_empty(x_, plain ? none : shape);
-    mean = new_empty(x_, rms ? none : rows, ScalarType::Float);
-    rstd = new_empty(x_, rows, ScalarType::Float);
+    y = new_tensor(x_, shape, x_.scalar_type());
+    s = new_tensor(x_, plain ? none : shape, x_.scalar_type());
+    mean = new_tensor(x_, rms ? none : rows, ScalarType::Float);
+    rstd = new_tensor(x_, rows, ScalarType::Float);
   }
 
  private:
@@ -106,20 +103,19 @@ struct NormBackwardTensors {
         grad_sum(grad_sum_ ? like(s_, *grad_sum_, "grad_sum: expected shape, dtype and device of s") : grad),
         s(rows_of(s_)),
         parameters(s_, weight, std::nullopt),
-        mean(torch::stable::contiguous(mean_)),
-        rstd(torch::stable::contiguous(rstd_)) {
-    using torch::stable::new_empty;
+        mean(as_contiguous(mean_)),
+        rstd(as_contiguous(rstd_)) {
     const auto fits = [&](const Tensor& t) {
       return t.scalar_type() == ScalarType::Float && t.numel() == s.count && same_device(t, s_);
     };
     check(fits(rstd) && (rms || fits(mean)), "mean, rstd: expected float32 [rows]");
     const std::vector<int64_t> shape = shape_of(s_), none{0}, width{s.cols};
-    ds = new_empty(s_, shape);
-    dx = new_empty(s_, seed ? shape : none);
+    ds = new_tensor(s_, shape, s_.scalar_type());
+    dx = new_tensor(s_, seed ? shape : none, s_.scalar_type());
     // Without a row no kernel runs, and the sums are zero.
     const auto sums = [&](bool need) {
       if (need && s.count == 0) return torch::stable::new_zeros(s_, width, ScalarType::Float);
-      return new_empty(s_, need ? width : none, ScalarType::Float);
+      return new_tensor(s_, need ? width : none, ScalarType::Float);
     };
     dweight = sums(need_weight);
     dbias = sums(need_bias);

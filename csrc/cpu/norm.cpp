@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <new>
 
 #include "common/norm_tensors.h"
 #include "common/parallel.h"
@@ -14,6 +15,21 @@ namespace fastdl {
 namespace {
 
 constexpr int64_t ALONE = 16 * 1024;  // elements; waking up a second thread costs more than so few take
+
+// Working memory aligned to a cache line; small ones live on the stack, because allocating costs as much as a short row.
+struct Scratch {
+  explicit Scratch(int64_t bytes)
+      : data(bytes <= static_cast<int64_t>(sizeof local) ? local
+                                                         : static_cast<uint8_t*>(::operator new(
+                                                               static_cast<size_t>(bytes), std::align_val_t(64)))) {}
+  ~Scratch() {
+    if (data != local) ::operator delete(data, std::align_val_t(64));
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  alignas(64) uint8_t local[16 * 1024];
+  uint8_t* data;
+};
 
 const NormKernels& norm_table() {
   switch (cpu_variant()) {
@@ -29,10 +45,6 @@ int team(int64_t rows, int64_t cols) {
   return rows * cols < ALONE ? 1 : static_cast<int>(std::min<int64_t>(thread_count(), rows));
 }
 
-int parameter_format(const NormParameters& parameters, int format) {
-  return parameters.is_float ? FORMAT_F32 : format;
-}
-
 FourTensors norm_forward(const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
                          const OptionalTensor& bias, const OptionalTensor& seed, double p, double eps, double offset,
                          bool rms) {
@@ -41,8 +53,6 @@ FourTensors norm_forward(const Tensor& x, const OptionalTensor& residual, const 
   NormForwardArgs a{};
   a.x = t.x.tensor.const_data_ptr();
   a.residual = residual ? t.residual.tensor.const_data_ptr() : nullptr;
-  a.weight = pointer(t.parameters.weight);
-  a.bias = pointer(t.parameters.bias);
   a.y = t.y.mutable_data_ptr();
   a.s = t.plain ? nullptr : t.s.mutable_data_ptr();
   a.mean = rms ? nullptr : static_cast<float*>(t.mean.mutable_data_ptr());
@@ -55,17 +65,23 @@ FourTensors norm_forward(const Tensor& x, const OptionalTensor& residual, const 
   a.p = static_cast<float>(p);
   a.scale = keep_scale(p);
   a.eps = static_cast<float>(eps);
-  a.offset = weight ? static_cast<float>(offset) : 0.0f;
   a.format = format;
-  a.parameter_format = parameter_format(t.parameters, format);
   const int64_t rows = t.x.count, row_bytes = padded(a.cols * 4 + 64);
   const int threads = team(rows, a.cols);
-  const Tensor scratch = allocate_bytes(threads * row_bytes);
-  uint8_t* const first = first_byte(scratch);
+  const Scratch scratch((threads + 2) * row_bytes);  // a row for each thread, weight, bias
   const NormKernels& kernels = norm_table();
+  const int parameter_format = t.parameters.is_float ? FORMAT_F32 : format;
+  const auto floats = [&](const OptionalTensor& from, int64_t place, double add) -> const float* {
+    if (!from) return nullptr;
+    float* to = reinterpret_cast<float*>(scratch.data + place * row_bytes);
+    kernels.to_floats(from->const_data_ptr(), parameter_format, static_cast<float>(add), a.cols, to);
+    return to;
+  };
+  a.weight = floats(t.parameters.weight, threads, offset);
+  a.bias = floats(t.parameters.bias, threads + 1, 0.0);
   parallel_region(threads, [&](int thread, int team) {
     const Range part = range(rows, thread, team);
-    kernels.forward(a, part.begin, part.end, reinterpret_cast<float*>(first + thread * row_bytes));
+    kernels.forward(a, part.begin, part.end, reinterpret_cast<float*>(scratch.data + thread * row_bytes));
   });
   return {t.y, t.s, t.mean, t.rstd};
 }
@@ -85,7 +101,6 @@ FourTensors norm_backward(const Tensor& grad, const OptionalTensor& grad_sum, co
   a.grad = t.grad.tensor.const_data_ptr();
   a.grad_sum = grad_sum ? t.grad_sum.tensor.const_data_ptr() : nullptr;
   a.s = t.s.tensor.const_data_ptr();
-  a.weight = pointer(t.parameters.weight);
   a.mean = rms ? nullptr : static_cast<const float*>(t.mean.const_data_ptr());
   a.rstd = static_cast<const float*>(t.rstd.const_data_ptr());
   a.ds = t.ds.mutable_data_ptr();
@@ -97,16 +112,20 @@ FourTensors norm_backward(const Tensor& grad, const OptionalTensor& grad_sum, co
   a.seed = seed ? static_cast<uint64_t>(*seed_pointer(s, seed)) : 0;
   a.p = static_cast<float>(p);
   a.scale = keep_scale(p);
-  a.offset = weight ? static_cast<float>(offset) : 0.0f;
   a.format = format;
-  a.parameter_format = parameter_format(t.parameters, format);
   const int64_t rows = t.s.count, cols = a.cols;
   if (rows == 0) return {t.ds, t.dx, t.dweight, t.dbias};
   const bool sums = need_weight || need_bias;
   const int64_t parts = part_count(rows, cols), stride = padded(cols * 4) / 4;  // floats of one sum
-  const Tensor memory = allocate_bytes(sums ? 2 * parts * stride * 4 : 0);
-  float* const partial = reinterpret_cast<float*>(first_byte(memory));  // [2][parts][stride]
+  const Scratch memory((sums ? 2 * parts + 1 : 1) * stride * 4);
+  float* const floats = reinterpret_cast<float*>(memory.data);  // the weight
+  float* const partial = floats + stride;                        // [2][parts][stride]
   const NormKernels& kernels = norm_table();
+  if (t.parameters.weight) {
+    kernels.to_floats(pointer(t.parameters.weight), t.parameters.is_float ? FORMAT_F32 : format,
+                      static_cast<float>(offset), cols, floats);
+    a.weight = floats;
+  }
   const int threads = team(rows, cols);
   parallel_region(std::min<int>(threads, static_cast<int>(parts)), [&](int thread, int team) {
     const Range mine = range(parts, thread, team);

@@ -11,6 +11,8 @@
 #include "common/philox.h"
 #include "common/simd.h"
 
+#define FASTDL_STEP __attribute__((always_inline))  // of a lambda that handles one vector of a row
+
 namespace fastdl {
 namespace FASTDL_LEVEL {
 namespace {
@@ -78,12 +80,27 @@ struct Part {
   }
 };
 
+template <int I>
+struct Index {
+  static constexpr int value = I;
+};
+
+// step(at, part, index) for every vector of a row, the last one in part. Four vectors a turn, with the indices 0 to 3 as
+// types: sums kept per index stay in registers and do not wait for each other.
 template <class Step>
 __attribute__((always_inline)) static inline void for_row(int64_t cols, const Step& step) {
   int64_t k = 0;
-  for (; k + LANES <= cols; k += LANES) step(k, Whole());
-  if (k < cols) step(k, Part{cols - k});
+  for (; k + 4 * LANES <= cols; k += 4 * LANES) {
+    step(k, Whole(), Index<0>());
+    step(k + LANES, Whole(), Index<1>());
+    step(k + 2 * LANES, Whole(), Index<2>());
+    step(k + 3 * LANES, Whole(), Index<3>());
+  }
+  for (; k + LANES <= cols; k += LANES) step(k, Whole(), Index<0>());
+  if (k < cols) step(k, Part{cols - k}, Index<1>());
 }
+
+FASTDL_INLINE float total(const vf (&sums)[4]) { return vsum(vadd(vadd(sums[0], sums[1]), vadd(sums[2], sums[3]))); }
 
 // 0 or scale for the elements index .. index + LANES - 1.
 FASTDL_INLINE vf dropout(uint64_t seed, int64_t index, float p, float scale) {
@@ -95,20 +112,18 @@ FASTDL_INLINE vf dropout(uint64_t seed, int64_t index, float p, float scale) {
 // v * keep, and 0 where keep is 0 (v may be infinite)
 FASTDL_INLINE vf dropped(vf v, vf keep) { return vselect_le(keep, vset1(0.0f), vset1(0.0f), vmul(v, keep)); }
 
-template <class T, class W>
+template <class T>
 void forward(const NormForwardArgs& a, int64_t row0, int64_t row1, float* row) {
   using Element = typename T::Element;
-  const auto* weight = (const typename W::Element*)a.weight;
-  const auto* bias = (const typename W::Element*)a.bias;
   const float width = 1.0f / (float)a.cols;
-  const vf one = vset1(1.0f), zero = vset1(0.0f), offset = vset1(a.offset);
+  const vf one = vset1(1.0f), zero = vset1(0.0f);
   for (int64_t r = row0; r < row1; ++r) {
     const Element* x = (const Element*)a.x + r * a.x_stride;
     const Element* residual = a.residual ? (const Element*)a.residual + r * a.residual_stride : nullptr;
     Element* s = a.s ? (Element*)a.s + r * a.cols : nullptr;
     Element* y = (Element*)a.y + r * a.cols;
     vf sums[4] = {zero, zero, zero, zero};
-    for_row(a.cols, [&](int64_t k, const auto& part) {
+    for_row(a.cols, [&](int64_t k, const auto& part, auto i) FASTDL_STEP {
       vf v = part.template load<T>(x + k);
       if (s) {
         if (a.dropout) v = dropped(v, dropout(a.seed, r * a.cols + k, a.p, a.scale));
@@ -118,77 +133,101 @@ void forward(const NormForwardArgs& a, int64_t row0, int64_t row1, float* row) {
         v = part.keep(v);
       }
       vstore(row + k, v);
-      vf& sum = sums[k / LANES % 4];
-      sum = vadd(sum, v);
+      sums[decltype(i)::value] = vadd(sums[decltype(i)::value], v);
     });
     float mean = 0.0f;
     if (a.mean) {
-      mean = vsum(vadd(vadd(sums[0], sums[1]), vadd(sums[2], sums[3]))) * width;
+      mean = total(sums) * width;
       a.mean[r] = mean;
     }
     const vf middle = vset1(mean);
     for (vf& sum : sums) sum = zero;
-    for_row(a.cols, [&](int64_t k, const auto& part) {
+    for_row(a.cols, [&](int64_t k, const auto& part, auto i) FASTDL_STEP {
       const vf d = part.keep(vsub(vload(row + k), middle));
-      vf& sum = sums[k / LANES % 4];
-      sum = vfma(d, d, sum);
+      sums[decltype(i)::value] = vfma(d, d, sums[decltype(i)::value]);
     });
-    const float squares = vsum(vadd(vadd(sums[0], sums[1]), vadd(sums[2], sums[3])));
+    const float squares = total(sums);
     const float rstd = 1.0f / __builtin_sqrtf(squares * width + a.eps);
     a.rstd[r] = rstd;
     const vf factor = vset1(rstd);
-    for_row(a.cols, [&](int64_t k, const auto& part) {
+    for_row(a.cols, [&](int64_t k, const auto& part, auto) FASTDL_STEP {
       const vf h = vmul(vsub(vload(row + k), middle), factor);
-      const vf w = weight ? vadd(part.template load<W>(weight + k), offset) : one;
-      const vf b = bias ? part.template load<W>(bias + k) : zero;
+      const vf w = a.weight ? part.template load<F32>(a.weight + k) : one;
+      const vf b = a.bias ? part.template load<F32>(a.bias + k) : zero;
       part.template store<T>(y + k, vfma(h, w, b));
     });
   }
 }
 
-template <class T, class W>
-void backward(const NormBackwardArgs& a, int64_t row0, int64_t row1, float* dweight, float* dbias) {
+// One row: the means of g * h and of g, with g = grad * weight and h = (s - mean) * rstd.
+template <class T>
+FASTDL_INLINE void row_means(const NormBackwardArgs& a, int64_t r, float* mean_gh, float* mean_g) {
   using Element = typename T::Element;
-  const auto* weight = (const typename W::Element*)a.weight;
-  const float width = 1.0f / (float)a.cols;
-  const vf one = vset1(1.0f), zero = vset1(0.0f), offset = vset1(a.offset);
-  for (int64_t r = row0; r < row1; ++r) {
-    const Element* grad = (const Element*)a.grad + r * a.grad_stride;
-    const Element* grad_sum = a.grad_sum ? (const Element*)a.grad_sum + r * a.grad_sum_stride : nullptr;
-    const Element* s = (const Element*)a.s + r * a.s_stride;
-    Element* ds = (Element*)a.ds + r * a.cols;
-    const vf mean = vset1(a.mean ? a.mean[r] : 0.0f), rstd = vset1(a.rstd[r]);
-    vf sum_gh[2] = {zero, zero}, sum_g[2] = {zero, zero};
-    for_row(a.cols, [&](int64_t k, const auto& part) {
-      const vf d = part.template load<T>(grad + k);  // zeros past the end, so every product below is 0 there
-      const vf h = part.keep(vmul(vsub(part.template load<T>(s + k), mean), rstd));
-      const vf g = weight ? vmul(d, vadd(part.template load<W>(weight + k), offset)) : d;
-      const int i = (int)(k / LANES % 2);
-      sum_gh[i] = vfma(g, h, sum_gh[i]);
-      sum_g[i] = vadd(sum_g[i], g);
-      if (dweight) {
-        part.template store<F32>(dweight + k, vfma(d, h, part.template load<F32>(dweight + k)));
-        part.template store<F32>(dbias + k, vadd(d, part.template load<F32>(dbias + k)));
-      }
-    });
-    const vf mean_gh = vset1(vsum(vadd(sum_gh[0], sum_gh[1])) * width);
-    const vf mean_g = a.mean ? vset1(vsum(vadd(sum_g[0], sum_g[1])) * width) : zero;
-    for_row(a.cols, [&](int64_t k, const auto& part) {
-      const vf d = part.template load<T>(grad + k);
-      const vf h = vmul(vsub(part.template load<T>(s + k), mean), rstd);
-      const vf w = weight ? vadd(part.template load<W>(weight + k), offset) : one;
-      vf v = vmul(rstd, vsub(vsub(vmul(d, w), mean_g), vmul(h, mean_gh)));
-      if (grad_sum) v = vadd(v, part.template load<T>(grad_sum + k));
-      part.template store<T>(ds + k, v);
+  const Element* grad = (const Element*)a.grad + r * a.grad_stride;
+  const Element* s = (const Element*)a.s + r * a.s_stride;
+  const vf zero = vset1(0.0f), mean = vset1(a.mean ? a.mean[r] : 0.0f);
+  vf gh[4] = {zero, zero, zero, zero}, gs[4] = {zero, zero, zero, zero};
+  for_row(a.cols, [&](int64_t k, const auto& part, auto i) FASTDL_STEP {
+    constexpr int n = decltype(i)::value;
+    const vf d = part.template load<T>(grad + k);  // zeros past the end, so every product below is 0 there
+    const vf t = part.keep(vsub(part.template load<T>(s + k), mean));
+    const vf g = a.weight ? vmul(d, part.template load<F32>(a.weight + k)) : d;
+    gh[n] = vfma(g, t, gh[n]);
+    gs[n] = vadd(gs[n], g);
+  });
+  *mean_gh = total(gh) * a.rstd[r] / (float)a.cols;
+  *mean_g = a.mean ? total(gs) / (float)a.cols : 0.0f;
+}
+
+// Count rows at once: their ds, and their share of dweight and dbias, which are read and written once for all of them.
+template <class T, int Count>
+FASTDL_INLINE void backward_rows(const NormBackwardArgs& a, int64_t r0, float* dweight, float* dbias) {
+  using Element = typename T::Element;
+  float mean[Count], slope[Count], shift[Count];
+  for (int j = 0; j < Count; ++j) {
+    float mean_gh, mean_g;
+    row_means<T>(a, r0 + j, &mean_gh, &mean_g);
+    const float rstd = a.rstd[r0 + j];
+    mean[j] = a.mean ? a.mean[r0 + j] : 0.0f;
+    slope[j] = -rstd * rstd * mean_gh;
+    shift[j] = -rstd * mean_g;
+  }
+  const vf one = vset1(1.0f), zero = vset1(0.0f);
+  for_row(a.cols, [&](int64_t k, const auto& part, auto) FASTDL_STEP {
+    const vf w = a.weight ? part.template load<F32>(a.weight + k) : one;
+    vf dw = dweight ? part.template load<F32>(dweight + k) : zero, db = dweight ? part.template load<F32>(dbias + k) : zero;
+#pragma GCC unroll 4
+    for (int j = 0; j < Count; ++j) {
+      const int64_t r = r0 + j;
+      const vf d = part.template load<T>((const Element*)a.grad + r * a.grad_stride + k);
+      const vf t = vsub(part.template load<T>((const Element*)a.s + r * a.s_stride + k), vset1(mean[j]));
+      const vf scaled = vmul(d, vset1(a.rstd[r]));
+      dw = vfma(scaled, t, dw);
+      db = vadd(db, d);
+      // rstd * (g - mean_g - h * mean_gh)
+      vf v = vfma(t, vset1(slope[j]), vfma(scaled, w, vset1(shift[j])));
+      if (a.grad_sum) v = vadd(v, part.template load<T>((const Element*)a.grad_sum + r * a.grad_sum_stride + k));
+      part.template store<T>((Element*)a.ds + r * a.cols + k, v);
       if (a.dx)
         part.template store<T>((Element*)a.dx + r * a.cols + k,
                                dropped(v, dropout(a.seed, r * a.cols + k, a.p, a.scale)));
-    });
-  }
+    }
+    if (dweight) {
+      part.template store<F32>(dweight + k, dw);
+      part.template store<F32>(dbias + k, db);
+    }
+  });
+}
+
+template <class T>
+void backward(const NormBackwardArgs& a, int64_t row0, int64_t row1, float* dweight, float* dbias) {
+  int64_t r = row0;
+  for (; r + 4 <= row1; r += 4) backward_rows<T, 4>(a, r, dweight, dbias);
+  for (; r < row1; ++r) backward_rows<T, 1>(a, r, dweight, dbias);
 }
 
 void add_parts(const float* partial, int64_t parts, int64_t stride, int64_t col0, int64_t col1, float* sum) {
-  for_row(col1 - col0, [&](int64_t k, const auto& part) {
+  for_row(col1 - col0, [&](int64_t k, const auto& part, auto) FASTDL_STEP {
     vf total = vset1(0.0f);
     for (int64_t i = 0; i < parts; ++i)
       total = vadd(total, part.template load<F32>(partial + i * stride + col0 + k));
@@ -197,29 +236,38 @@ void add_parts(const float* partial, int64_t parts, int64_t stride, int64_t col0
 }
 
 // The one switch from formats to types.
-template <class Args, class Body>
-void dispatch(const Args& a, const Body& body) {
-  const bool floats = a.parameter_format == FORMAT_F32;
-  switch (a.format) {
-    case FORMAT_F32: return body(F32(), F32());
-    case FORMAT_F16: return floats ? body(F16(), F32()) : body(F16(), F16());
-    case FORMAT_BF16: return floats ? body(BF16(), F32()) : body(BF16(), BF16());
+template <class Body>
+void dispatch(int format, const Body& body) {
+  switch (format) {
+    case FORMAT_F32: return body(F32());
+    case FORMAT_F16: return body(F16());
+    case FORMAT_BF16: return body(BF16());
     default: __builtin_unreachable();  // norm.cpp has checked
   }
 }
 
+void to_floats(const void* from, int format, float offset, int64_t cols, float* to) {
+  dispatch(format, [&](auto type) {
+    using T = decltype(type);
+    for_row(cols, [&](int64_t k, const auto& part, auto) {
+      const vf v = part.template load<T>((const typename T::Element*)from + k);
+      part.template store<F32>(to + k, vadd(v, vset1(offset)));
+    });
+  });
+}
+
 void forward_any(const NormForwardArgs& a, int64_t row0, int64_t row1, float* row) {
-  dispatch(a, [&](auto t, auto w) { forward<decltype(t), decltype(w)>(a, row0, row1, row); });
+  dispatch(a.format, [&](auto type) { forward<decltype(type)>(a, row0, row1, row); });
 }
 
 void backward_any(const NormBackwardArgs& a, int64_t row0, int64_t row1, float* dweight, float* dbias) {
-  dispatch(a, [&](auto t, auto w) { backward<decltype(t), decltype(w)>(a, row0, row1, dweight, dbias); });
+  dispatch(a.format, [&](auto type) { backward<decltype(type)>(a, row0, row1, dweight, dbias); });
 }
 
 }  // namespace
 
 extern const NormKernels norm_kernels;
-const NormKernels norm_kernels = {forward_any, backward_any, add_parts};
+const NormKernels norm_kernels = {to_floats, forward_any, backward_any, add_parts};
 
 }  // namespace FASTDL_LEVEL
 }  // namespace fastdl

@@ -11,16 +11,16 @@ namespace fastdl {
 struct NormForwardArgs {
   const void* x;         // [rows][cols], rows x_stride apart
   const void* residual;  // [rows][cols], rows residual_stride apart, or null
-  const void* weight;    // [cols], or null
-  const void* bias;      // [cols], or null
+  const float* weight;   // [cols], the offset added, or null
+  const float* bias;     // [cols], or null
   void* y;               // [rows][cols]
   void* s;               // [rows][cols], or null where s is x
   float* mean;           // [rows], or null: RMS norm
   float* rstd;           // [rows]
   int64_t cols, x_stride, residual_stride;
   uint64_t seed;
-  float p, scale, eps, offset;  // scale: 1 / (1 - p); offset: 0 without a weight
-  int format, parameter_format;  // Format numbers: of x, residual, y, s; of weight and bias
+  float p, scale, eps;  // scale: 1 / (1 - p)
+  int format;           // Format number of x, residual, y, s
   bool dropout;
 };
 
@@ -28,18 +28,20 @@ struct NormBackwardArgs {
   const void* grad;      // [rows][cols], rows grad_stride apart
   const void* grad_sum;  // [rows][cols], rows grad_sum_stride apart, or null
   const void* s;         // [rows][cols], rows s_stride apart
-  const void* weight;    // [cols], or null
+  const float* weight;   // [cols], the offset added, or null
   const float* mean;     // [rows], or null: RMS norm
   const float* rstd;     // [rows]
   void* ds;              // [rows][cols]
   void* dx;              // [rows][cols], or null where it is ds
   int64_t cols, grad_stride, grad_sum_stride, s_stride;
   uint64_t seed;
-  float p, scale, offset;
-  int format, parameter_format;
+  float p, scale;
+  int format;
 };
 
 struct NormKernels {
+  // to[c] = from[c] + offset in float32: weight or bias as the rows below read it.
+  void (*to_floats)(const void* from, int format, float offset, int64_t cols, float* to);
   // Rows row0 .. row1; row: cols floats of scratch, aligned to 64.
   void (*forward)(const NormForwardArgs& a, int64_t row0, int64_t row1, float* row);
   // The same backward; dweight, dbias [cols], added to, or null where neither is wanted.

@@ -73,7 +73,7 @@ FourTensors norm_backward(const Tensor& grad, const OptionalTensor& grad_sum, co
     a.parts = plan.parts;
     const bool sums = need_weight || need_bias;
     const std::vector<int64_t> partial_shape{2, sums ? plan.parts : 0, a.cols};
-    const Tensor partial = torch::stable::new_empty(s, partial_shape, ScalarType::Float);
+    const Tensor partial = new_tensor(s, partial_shape, ScalarType::Float);
     a.partial = sums ? output<float>(partial) : nullptr;
     check_launch("norm_backward", norm_backward_launch(a, plan, need_weight ? output<float>(t.dweight) : nullptr,
                                                        need_bias ? output<float>(t.dbias) : nullptr, device.stream()));

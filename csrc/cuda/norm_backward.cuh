@@ -73,7 +73,7 @@ __device__ __forceinline__ void norm_backward_store(const NormBackward<T>& a, in
 
 // Block: (Threads, Rows); with Rows > 1 a row has one warp. Part `blockIdx.x * Rows + threadIdx.y` of the partial sums.
 template <class T, int Threads, int Chunks, int Rows>
-__global__ void __launch_bounds__(Threads * Rows) norm_backward_rows(NormBackward<T> a) {
+__global__ void __launch_bounds__(Threads * Rows, 1) norm_backward_rows(NormBackward<T> a) {
   constexpr int N = 16 / sizeof(T);
   const uint64_t seed = a.seed ? static_cast<uint64_t>(*a.seed) : 0;
   const float width = 1.0f / static_cast<float>(a.cols);
