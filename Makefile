@@ -29,7 +29,7 @@ CPP := find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 # Stamps live in the environment, so that a second run asks pip nothing.
 STAMP := $(VENV)/.fastdl
 
-.PHONY: help run test build wheel sanitize triton-compile bench lint format clean
+.PHONY: help run test build wheel sanitize triton-compile compile-all cuda-report bench lint format clean
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 

@@ -23,7 +23,8 @@ from fastdl import ops
 
 SHAPES = ((4096, 768), (128, 768))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-ALLOWED = {"fp32": 1e-5, "bf16": 1e-2}  # relative error, norm over norm
+ALLOWED = {"fp32": 1e-5, "bf16": 1e-2}  # relative error of fastdl, norm over norm
+PEER_ALLOWED = 0.1  # torch sums the bf16 gradients of weight and bias in bf16: 5 % off with 4096 rows
 TENSORS_MOVED = {"add_norm": 4, "norm": 2, "norm_gradients": 5}  # of rows x cols: read and written
 Side = Callable[[], tuple[torch.Tensor, ...]]
 
@@ -76,8 +77,9 @@ def test_norm(benchmark, recorder, threads, rounds, kind, shape, dtype):
         for name, side in found.items():
             pairs = zip(exact, side(), strict=True)
             errors[name] = max(relative_error(e.detach().numpy(), got.detach().double().numpy()) for e, got in pairs)
-            if not errors[name] <= ALLOWED[dtype]:
-                raise IncorrectResult(f"{name}: relative error {errors[name]:.3g} above {ALLOWED[dtype]}: not timed")
+            allowed = ALLOWED[dtype] if name == "fastdl" else PEER_ALLOWED
+            if not errors[name] <= allowed:
+                raise IncorrectResult(f"{name}: relative error {errors[name]:.3g} above {allowed}: not timed")
         calls = {name: calls_for(side) for name, side in found.items()}
         turns = {name: lambda side=side, n=calls[name]: seconds_per_call(side, n) for name, side in found.items()}
         seconds = take_turns(turns, rounds, benchmark)
