@@ -4,7 +4,7 @@
     u(i)    = bits, read as int32, folded to 0 .. 2^31 - 1 (x < 0: -x - 1), times 4.6566127342e-10, in float32: [0, 1)
     keep(i) = u(i) >= p
 
-i is an element's index in the contiguous tensor. Triton's ``tl.rand(seed, i)`` gives the same u.
+i is an element's index in the contiguous tensor. Triton: kernels/_common.py (``tl.rand`` of int64 differs by version).
 Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011).  Test: tests/test_philox.py.
 """
 
