@@ -81,9 +81,17 @@ class Case(NamedTuple):
     options: dict[str, int | bool]
 
 
-def case(name: str, kernel: Any, types: Mapping[str, str], block: int, config: Config) -> Case:
-    """types: Triton's type of every argument but BLOCK and ROWS; more than the kernel has do not matter."""
-    constexprs = {"BLOCK": block, "ROWS": config.rows}
+def case(
+    name: str,
+    kernel: Any,
+    types: Mapping[str, str],
+    block: int,
+    config: Config,
+    constants: Mapping[str, Any] | None = None,
+) -> Case:
+    """types: Triton's type of every argument but BLOCK and ROWS; constants: arguments that Triton makes constants of,
+    None and 1. More than the kernel has do not matter."""
+    constexprs = {"BLOCK": block, "ROWS": config.rows, **(constants or {})}
     constexprs = {key: value for key, value in constexprs.items() if key in kernel.arg_names}
     signature = {key: "constexpr" if key in constexprs else types[key] for key in kernel.arg_names}
-    return Case(f"{name}[{block}]", kernel, signature, constexprs, config.options)
+    return Case(f"{name}[{block}]{' bare' if constants else ''}", kernel, signature, constexprs, config.options)

@@ -133,14 +133,19 @@ def norm_forward(x, residual, weight, bias, seed, p, eps, offset, rms) -> tuple[
 
 
 def compile_cases(cc: int) -> Iterator[Case]:
-    """What tools/triton_compile.py compiles for the room: every kernel and tile, with every option on."""
+    """What tools/triton_compile.py compiles for the room: every kernel and tile, with every option on, and each kernel
+    once without options, for a single element."""
     dtype = "*fp16" if cc < 80 else "*bf16"
     types = dict.fromkeys(("x", "residual", "weight", "bias", "y", "s", "grad", "grad_sum", "ds", "dx"), dtype)
     types |= dict.fromkeys(("mean", "rstd", "dweight", "dbias", "weight_parts", "bias_parts"), "*fp32")
     types |= dict.fromkeys(("rows", "cols", "parts", "x_stride", "residual_stride"), "i32")
     types |= dict.fromkeys(("grad_stride", "sum_stride", "s_stride"), "i32")
     types |= {"seed": "*i64", "p": "fp32", "scale": "fp32", "eps": "fp32", "offset": "fp32"}
+    bare: dict[str, int | None] = dict.fromkeys(("residual", "weight", "bias", "seed", "mean", "grad_sum", "dx"))
+    bare |= dict.fromkeys((key for key, kind in types.items() if kind == "i32"), 1)
     for kernel in (forward, forward_stream, *_backward.KERNELS):
         name = f"norm_{kernel.__name__}"
+        constants = {**bare, "s": None} if kernel in (forward, forward_stream) else bare
+        yield case(name, kernel, types, blocks(name)[0], config(name, cc, blocks(name)[0]), constants)
         for block in blocks(name):
             yield case(name, kernel, types, block, config(name, cc, block))

@@ -75,7 +75,7 @@ def compile_case(room: str, index: int, cc: int) -> tuple[bool, str]:
         return False, f"{case.name} sm_{cc}: {type(error).__name__}: {error}"
     warps, shared = case.options["num_warps"], compiled.metadata.shared
     figures = f"{warps:>3} warps {resources(compiled.asm['cubin'])} {shared:>6} shared"
-    return True, f"{case.name:28} sm_{cc:<4} {figures} {time.perf_counter() - start:6.1f} s"
+    return True, f"{case.name:32} sm_{cc:<4} {figures} {time.perf_counter() - start:6.1f} s"
 
 
 def main() -> int:
