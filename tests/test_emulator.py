@@ -47,14 +47,15 @@ def test_kernel(name):
 
 
 @needed
-@pytest.mark.skipif("crash-global-out-of-bounds" not in NAMES, reason="only the address sanitizer sees it")
-def test_access_out_of_bounds_in_global_memory():
-    script = (
-        "import ctypes; from fastdl import emulator; emulator.emulator_error();"
-        f"emulator._State.library.fastdl_emulator_self_test({len(NAMES) - 1}, ctypes.create_string_buffer(99), 99)"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr
+@pytest.mark.skipif("crash-global-out-of-bounds" not in NAMES, reason="only the address sanitizer sees every access")
+def test_access_out_of_bounds_ends_a_sanitized_process():
+    for name, report in (("crash-global-out-of-bounds", "heap-buffer-overflow"), ("crash-past-the-end", "poison")):
+        script = (
+            "import ctypes; from fastdl import emulator; emulator.emulator_error();"
+            f"emulator._State.library.fastdl_emulator_self_test({NAMES.index(name)}, ctypes.create_string_buffer(99), 99)"
+        )
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert done.returncode != 0 and report in done.stderr, name
 
 
 @needed
