@@ -3,9 +3,10 @@
     pytest bench/bench_norm.py                    best level of this machine
     FASTDL_ISA=avx2 pytest bench/bench_norm.py    a lower one
 
-Shapes are those of a transformer of width 768: 4096 rows (a batch in training) and 128 (a short prompt). A side's inputs
-are allocated once; outputs come from torch's allocator, as in a model. Checked before timing against float64. The share of
-the limit counts the bytes that the op must move (inputs and outputs once, and for the gradients grad and s again).
+Shapes are those of a transformer of width 768: 4096 rows (a batch in training) and 128 (a short prompt). Inputs are
+allocated once; outputs come from torch's allocator, as in a model. Every side is checked against float64 before it is
+timed. The share of the limit counts the bytes that the op must move (inputs and outputs once, and for the gradients
+grad and s again).
 """
 
 from __future__ import annotations

@@ -174,8 +174,8 @@ def norm_lines(key: str, record: dict) -> list[str]:
     ours, theirs = record["sides"]["fastdl"], record["sides"]["torch"]
     return [
         f"- {key}: {times(record['ratio'])} torch, {ours['seconds']['median'] * 1e6:.1f} us and "
-        f"{theirs['seconds']['median'] * 1e6:.1f} us, {ours['gb_per_s']} GB/s = {ours['share_of_read_limit']:.0%} of the "
-        f"read limit, relative error {ours['relative_error']:.1e}"
+        f"{theirs['seconds']['median'] * 1e6:.1f} us, {ours['gb_per_s']} GB/s = {ours['share_of_read_limit']:.0%} of "
+        f"the read limit, relative error {ours['relative_error']:.1e}"
     ]
 
 

@@ -1,7 +1,7 @@
 """The op library: schemas, the twins of an op, and the hash that ties the compiled implementations to the schemas.
 
-Schemas are Python's: each ``fastdl/ops/<op>.py`` passes a string literal to :func:`define` or :class:`Op`; C++ registers
-implementations only. ``tools/schema_hash.py`` reads the same literals at build time.
+Schemas are Python's: each ``fastdl/ops/<op>.py`` passes a string literal to :func:`define` or :class:`Op`; C++
+registers implementations only. ``tools/schema_hash.py`` reads the same literals at build time.
 
 An :class:`Op` is one contract with several implementations, its twins:
 

@@ -233,7 +233,11 @@ def _refusal(
         return f"the tensors are on {device}; move them to a CUDA device"
     if backend in ("cpu", "cuda") and not native_loaded() and not emulated:
         return f"the compiled library is not loaded: {native_error()}"
-    if backend == "cuda" and not emulated and not torch._C._dispatch_has_kernel_for_dispatch_key("fastdl::cuda_smoke", "CUDA"):
+    if (
+        backend == "cuda"
+        and not emulated
+        and not torch._C._dispatch_has_kernel_for_dispatch_key("fastdl::cuda_smoke", "CUDA")
+    ):
         return "the compiled library has no CUDA code; install nvcc and rebuild with FASTDL_CUDA=on"
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         return "triton is not installed; type: pip install triton"

@@ -90,8 +90,8 @@ def _in_every_order(call: Callable[..., Any], name: str) -> Callable[..., Any]:
             for index, (a, b) in enumerate(zip(_tensors(results[0]), _tensors(other), strict=True)):
                 if not torch.equal(_bits(a), _bits(b)):
                     raise EmulatorError(
-                        f"{name}: output {index} depends on the order of threads (forward and {order} differ): a race, or "
-                        "shared memory that was read before it was written"
+                        f"{name}: output {index} depends on the order of threads (forward and {order} differ): a "
+                        "race, or shared memory that was read before it was written"
                     )
         return results[0]
 

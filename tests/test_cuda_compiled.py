@@ -34,7 +34,9 @@ def test_kernels_of_the_room(compiled, room):
     mine = [kernel for kernel in compiled if kernel.name.startswith(f"{room}_")]
     asked = {f"sm_{arch}" for arch in backend.build_info()["cuda_archs"].split() if arch != "+PTX"}
     assert asked and asked == {kernel.arch for kernel in mine}
-    spilled = [f"{kernel.name} on {kernel.arch}: {kernel.stack + kernel.local} bytes" for kernel in mine if kernel.spills]
+    spilled = [
+        f"{kernel.name} on {kernel.arch}: {kernel.stack + kernel.local} bytes" for kernel in mine if kernel.spills
+    ]
     assert not spilled, f"registers spill to memory: {', '.join(spilled)}"
 
 

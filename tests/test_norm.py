@@ -83,7 +83,10 @@ def test_options(lane, given):
     has_weight, has_bias, has_residual = (name in given for name in ("weight", "bias", "residual"))
     for dtype, weights in ((lane.dtypes[0], None), (lane.dtypes[1], None), (lane.dtypes[1], torch.float32)):
         x, residual, weight, bias = make((6, 72), dtype, lane.device, weights=weights)
-        tensors = [x, *(t for t, has in zip((residual, weight, bias), (has_residual, has_weight, has_bias), strict=True) if has)]
+        tensors = [
+            x,
+            *(t for t, has in zip((residual, weight, bias), (has_residual, has_weight, has_bias), strict=True) if has),
+        ]
 
         def spread(tensors):
             rest = list(tensors)
@@ -97,7 +100,7 @@ def test_options(lane, given):
             y, s = run(kind, x, weight, bias, **options)
             return (y, s) if has_residual else y
 
-        def theirs(*tensors):
+        def theirs(*tensors, weights=weights):
             x, residual, weight, bias = spread(tensors)
             if weights and kind == "layer":  # torch takes float32 for both or neither
                 weight = torch.ones_like(bias) if weight is None and bias is not None else weight
@@ -298,7 +301,7 @@ def test_philox_is_the_published_one():
     zero = torch.zeros(1, dtype=torch.int64)
     assert [int(w) for w in philox.philox(zero, zero)] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
     u = philox.uniform(torch.tensor([123]), torch.arange(100000))
-    assert u.dtype == torch.float32 and 0 <= u.min() and u.max() < 1 and abs(float(u.mean()) - 0.5) < 0.01
+    assert u.dtype == torch.float32 and u.min() >= 0 and u.max() < 1 and abs(float(u.mean()) - 0.5) < 0.01
     assert int((philox.uniform(torch.tensor([123]), torch.arange(2**32, 2**32 + 9)) == u[:9]).sum()) == 0
 
 

@@ -19,9 +19,9 @@ constexpr int64_t ALONE = 16 * 1024;  // elements; waking up a second thread cos
 // Working memory aligned to a cache line; small ones live on the stack, because allocating costs as much as a short row.
 struct Scratch {
   explicit Scratch(int64_t bytes)
-      : data(bytes <= static_cast<int64_t>(sizeof local) ? local
-                                                         : static_cast<uint8_t*>(::operator new(
-                                                               static_cast<size_t>(bytes), std::align_val_t(64)))) {}
+      : data(bytes <= static_cast<int64_t>(sizeof local)
+                 ? local
+                 : static_cast<uint8_t*>(::operator new(static_cast<size_t>(bytes), std::align_val_t(64)))) {}
   ~Scratch() {
     if (data != local) ::operator delete(data, std::align_val_t(64));
   }
@@ -119,7 +119,7 @@ FourTensors norm_backward(const Tensor& grad, const OptionalTensor& grad_sum, co
   const int64_t parts = part_count(rows, cols), stride = padded(cols * 4) / 4;  // floats of one sum
   const Scratch memory((sums ? 2 * parts + 1 : 1) * stride * 4);
   float* const floats = reinterpret_cast<float*>(memory.data);  // the weight
-  float* const partial = floats + stride;                        // [2][parts][stride]
+  float* const partial = floats + stride;                       // [2][parts][stride]
   const NormKernels& kernels = norm_table();
   if (t.parameters.weight) {
     kernels.to_floats(pointer(t.parameters.weight), t.parameters.is_float ? FORMAT_F32 : format,

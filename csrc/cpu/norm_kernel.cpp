@@ -195,7 +195,8 @@ FASTDL_INLINE void backward_rows(const NormBackwardArgs& a, int64_t r0, float* d
   const vf one = vset1(1.0f), zero = vset1(0.0f);
   for_row(a.cols, [&](int64_t k, const auto& part, auto) FASTDL_STEP {
     const vf w = a.weight ? part.template load<F32>(a.weight + k) : one;
-    vf dw = dweight ? part.template load<F32>(dweight + k) : zero, db = dweight ? part.template load<F32>(dbias + k) : zero;
+    vf dw = dweight ? part.template load<F32>(dweight + k) : zero,
+       db = dweight ? part.template load<F32>(dbias + k) : zero;
 #pragma GCC unroll 4
     for (int j = 0; j < Count; ++j) {
       const int64_t r = r0 + j;
@@ -229,8 +230,7 @@ void backward(const NormBackwardArgs& a, int64_t row0, int64_t row1, float* dwei
 void add_parts(const float* partial, int64_t parts, int64_t stride, int64_t col0, int64_t col1, float* sum) {
   for_row(col1 - col0, [&](int64_t k, const auto& part, auto) FASTDL_STEP {
     vf total = vset1(0.0f);
-    for (int64_t i = 0; i < parts; ++i)
-      total = vadd(total, part.template load<F32>(partial + i * stride + col0 + k));
+    for (int64_t i = 0; i < parts; ++i) total = vadd(total, part.template load<F32>(partial + i * stride + col0 + k));
     part.template store<F32>(sum + col0 + k, total);
   });
 }

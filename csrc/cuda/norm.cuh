@@ -17,10 +17,10 @@ namespace fastdl::cuda {
 
 template <class T>
 struct NormForward {
-  const T* x;         // [rows, cols], rows x_stride apart
-  const T* residual;  // [rows, cols], rows residual_stride apart, or null
-  const void* weight;  // [cols] T or float32, or null
-  const void* bias;    // [cols] of the same type, or null
+  const T* x;           // [rows, cols], rows x_stride apart
+  const T* residual;    // [rows, cols], rows residual_stride apart, or null
+  const void* weight;   // [cols] T or float32, or null
+  const void* bias;     // [cols] of the same type, or null
   const int64_t* seed;  // [1] on the device, or null: no dropout
   T* y;                 // [rows, cols]
   T* s;                 // [rows, cols], or null where s is x
@@ -28,7 +28,7 @@ struct NormForward {
   float* rstd;          // [rows]
   int64_t rows, cols, x_stride, residual_stride;
   float p, scale, eps, offset;  // offset: 0 without a weight
-  bool float_parameters;  // weight and bias are float32
+  bool float_parameters;        // weight and bias are float32
 };
 
 // weight + offset and bias at columns [col, col + N); 1 and 0 where there are none.
@@ -129,7 +129,8 @@ __global__ void __launch_bounds__(Threads < 128 ? 128 : Threads) norm_forward_ro
 // One block a row; every thread reads again only what it has read, or written to s, itself.
 template <class T, int N, int Threads>
 __global__ void __launch_bounds__(Threads) norm_forward_stream(NormForward<T> a) {
-  const int64_t row = blockIdx.x, step = static_cast<int64_t>(Threads) * N, first = static_cast<int64_t>(threadIdx.x) * N;
+  const int64_t row = blockIdx.x, step = static_cast<int64_t>(Threads) * N,
+                first = static_cast<int64_t>(threadIdx.x) * N;
   const uint64_t seed = a.seed ? static_cast<uint64_t>(*a.seed) : 0;
   const T* again = a.s ? a.s + row * a.cols : a.x + row * a.x_stride;
   float sum = 0.0f, squares = 0.0f, s[N];

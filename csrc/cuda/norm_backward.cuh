@@ -73,7 +73,7 @@ __device__ __forceinline__ void norm_backward_store(const NormBackward<T>& a, in
 
 // Block: (Threads, Rows); with Rows > 1 a row has one warp. Part `blockIdx.x * Rows + threadIdx.y` of the partial sums.
 template <class T, int Threads, int Chunks, int Rows>
-__global__ void __launch_bounds__(Threads * Rows, 1) norm_backward_rows(NormBackward<T> a) {
+__global__ void __launch_bounds__(Threads* Rows, 1) norm_backward_rows(NormBackward<T> a) {
   constexpr int N = 16 / sizeof(T);
   const uint64_t seed = a.seed ? static_cast<uint64_t>(*a.seed) : 0;
   const float width = 1.0f / static_cast<float>(a.cols);
@@ -117,7 +117,8 @@ __global__ void __launch_bounds__(Threads * Rows, 1) norm_backward_rows(NormBack
 // One block a row: ds and dx.
 template <class T, int N, int Threads>
 __global__ void __launch_bounds__(Threads) norm_backward_stream(NormBackward<T> a) {
-  const int64_t row = blockIdx.x, step = static_cast<int64_t>(Threads) * N, first = static_cast<int64_t>(threadIdx.x) * N;
+  const int64_t row = blockIdx.x, step = static_cast<int64_t>(Threads) * N,
+                first = static_cast<int64_t>(threadIdx.x) * N;
   const uint64_t seed = a.seed ? static_cast<uint64_t>(*a.seed) : 0;
   const float mean = a.mean ? a.mean[row] : 0.0f, rstd = a.rstd[row], width = 1.0f / static_cast<float>(a.cols);
   float d[N], h[N], g[N], sums[2] = {0.0f, 0.0f};

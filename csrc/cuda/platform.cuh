@@ -58,7 +58,7 @@ template <class... P, class... A>
 cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_shared, cudaStream_t stream,
                    A&&... arguments) {
   if (const cudaError_t error = allow_shared(kernel, dynamic_shared); error != cudaSuccess) return error;
-  kernel<<<grid, block, dynamic_shared, stream>>>(std::forward<A>(arguments)...);
+  kernel<<<grid, block, dynamic_shared, stream> > >(std::forward<A>(arguments)...);
   return cudaGetLastError();
 }
 

@@ -15,8 +15,8 @@ inline cudaError_t smoke_launch(const float* x, float* y, int64_t n, float scale
   if (n == 0) return cudaSuccess;  // a grid of zero blocks is an error
   constexpr int kThreads = 256;
   const int64_t blocks = (n + kThreads - 1) / kThreads;
-  return launch(smoke_kernel, dim3(static_cast<unsigned>(blocks < 65535 ? blocks : 65535)), dim3(kThreads), 0, stream, x,
-                y, n, scale, shift);
+  return launch(smoke_kernel, dim3(static_cast<unsigned>(blocks < 65535 ? blocks : 65535)), dim3(kThreads), 0, stream,
+                x, y, n, scale, shift);
 }
 
 }  // namespace fastdl::cuda

@@ -106,7 +106,8 @@ inline T __ldg(const T* p) {
 inline void __syncthreads(fastdl::emulator::Where where = fastdl::emulator::Where::current()) {
   fastdl::emulator::block_barrier(where);
 }
-inline void __syncwarp(unsigned mask = 0xffffffffu, fastdl::emulator::Where where = fastdl::emulator::Where::current()) {
+inline void __syncwarp(unsigned mask = 0xffffffffu,
+                       fastdl::emulator::Where where = fastdl::emulator::Where::current()) {
   fastdl::emulator::warp_collective("__syncwarp", mask, nullptr, nullptr, where);
 }
 inline void __threadfence() {}
@@ -129,7 +130,8 @@ T shuffle(const char* name, unsigned mask, T value, unsigned source, Where where
         for (unsigned i = 0; i < kWarp; ++i) {
           if (!lanes[i] || !(present >> i & 1)) continue;
           auto* to = static_cast<Shuffle<T>*>(lanes[i]);
-          if (!(present >> to->source & 1)) fail("a shuffle reads lane " + std::to_string(to->source) + ", not in its mask");
+          if (!(present >> to->source & 1))
+            fail("a shuffle reads lane " + std::to_string(to->source) + ", not in its mask");
           to->result = static_cast<const Shuffle<T>*>(lanes[to->source])->value;
         }
       },

@@ -201,8 +201,8 @@ void run_living(std::mt19937& random) {
   }
   for (auto& block : grid->blocks)
     if (const std::string damage = block->memory->damage(); !damage.empty()) {
-      grid->error = "write out of bounds in shared memory: " + damage + ", block " +
-                    text(block->threads[0].indices.block);
+      grid->error =
+          "write out of bounds in shared memory: " + damage + ", block " + text(block->threads[0].indices.block);
       return;
     }
 }
@@ -255,7 +255,8 @@ unsigned lane() { return self->number % kWarp; }
 void fail(const std::string& message, Where where) {
   std::string text_ = message;
   if (self)
-    text_ += " [thread " + text(self->indices.thread) + " of block " + text(self->indices.block) + ", " + text(where) + "]";
+    text_ +=
+        " [thread " + text(self->indices.thread) + " of block " + text(self->indices.block) + ", " + text(where) + "]";
   throw Failure(text_);
 }
 

@@ -32,8 +32,8 @@ class StackPool {
   }
   void* take() {
     if (free_.empty()) {
-      void* base =
-          mmap(nullptr, kStackBytes + page(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      void* base = mmap(nullptr, kStackBytes + page(), PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
       if (base == MAP_FAILED || mprotect(base, page(), PROT_NONE) != 0) throw std::bad_alloc();
       return static_cast<char*>(base) + page();
     }

@@ -260,7 +260,8 @@ struct Test {
 };
 
 const Test kTests[] = {
-    {"barrier", [] {
+    {"barrier",
+     [] {
        in_every_order([] {
          const auto x = ramp(N);
          std::vector<float> y(N);
@@ -269,7 +270,8 @@ const Test kTests[] = {
        });
        return std::string("equal");
      }},
-    {"indices", [] {
+    {"indices",
+     [] {
        in_every_order([] {
          std::vector<int> out(2 * 3 * 4 * 2 * 3 * 5);
          go(indices_kernel, dim3(2, 3, 4), dim3(2, 3, 5), out.data());
@@ -277,13 +279,15 @@ const Test kTests[] = {
        });
        return std::string("equal");
      }},
-    {"dynamic-shared", [] {
+    {"dynamic-shared",
+     [] {
        std::vector<float> y(N);
        launch(dynamic_kernel, dim3(1), dim3(N), N * sizeof(float), nullptr, y.data());
        for (size_t i = 0; i < N; ++i) expect(y[i] == static_cast<float>((i + 1) % N), std::to_string(i));
        return std::string("equal");
      }},
-    {"warp", [] {
+    {"warp",
+     [] {
        in_every_order([] {
          std::vector<int> y(224);
          go(warp_kernel, dim3(1), dim3(32), y.data());
@@ -296,14 +300,16 @@ const Test kTests[] = {
        });
        return std::string("equal");
      }},
-    {"atomics", [] {
+    {"atomics",
+     [] {
        int counter[2] = {};
        unsigned top = 0;
        go(atomic_kernel, dim3(3), dim3(N), static_cast<int*>(counter), &top);
        expect(counter[0] == 2 * 3 * N + 0 && counter[1] == 7 && top == N - 1, "sums");
        return std::string("equal");
      }},
-    {"grid-barrier", [] {
+    {"grid-barrier",
+     [] {
        in_every_order([] {
          std::vector<int> values(5), sum(5);
          unsigned barrier = 0;
@@ -312,7 +318,8 @@ const Test kTests[] = {
        });
        return std::string("equal");
      }},
-    {"cp-async", [] {
+    {"cp-async",
+     [] {
        const auto x = ramp(8 * N);
        std::vector<float> y(8 * N);
        go(pipeline_kernel, dim3(1), dim3(N), x.data(), y.data());
@@ -322,17 +329,20 @@ const Test kTests[] = {
        }
        return std::string("equal");
      }},
-    {"mma-f16", [] {
+    {"mma-f16",
+     [] {
        check_mma<half_t>([](float v) { return __float2half_rn(v); }, mma_kernel<half_t, ptx::mma_m16n8k16_f16>,
                          __half2float);
        return std::string("equal");
      }},
-    {"mma-bf16", [] {
+    {"mma-bf16",
+     [] {
        check_mma<bf16_t>([](float v) { return __float2bfloat16_rn(v); }, mma_kernel<bf16_t, ptx::mma_m16n8k16_bf16>,
                          __bfloat162float);
        return std::string("equal");
      }},
-    {"mma-s8", [] {
+    {"mma-s8",
+     [] {
        std::vector<int8_t> a(512), b(256);
        for (size_t i = 0; i < 512; ++i) a[i] = static_cast<int8_t>(i * 37 + 11);
        for (size_t i = 0; i < 256; ++i) b[i] = static_cast<int8_t>(i * 53 + 5);
@@ -346,63 +356,67 @@ const Test kTests[] = {
          }
        return std::string("equal");
      }},
-    {"planted-missing-barrier", [] {
+    {"planted-missing-barrier",
+     [] {
        const auto x = ramp(N);
        return orders_differ<float>(N, [&](float* y) { go(missing_barrier_kernel, dim3(1), dim3(N), x.data(), y); });
      }},
-    {"planted-race", [] {
-       return orders_differ<int>(1, [](int* last) { go(race_kernel, dim3(1), dim3(N), last); });
-     }},
-    {"planted-race-of-blocks", [] {
-       return orders_differ<int>(1, [](int* last) { go(block_race_kernel, dim3(9), dim3(1), last); });
-     }},
-    {kSanitized ? "crash-past-the-end" : "planted-past-the-end", [] {
+    {"planted-race", [] { return orders_differ<int>(1, [](int* last) { go(race_kernel, dim3(1), dim3(N), last); }); }},
+    {"planted-race-of-blocks",
+     [] { return orders_differ<int>(1, [](int* last) { go(block_race_kernel, dim3(9), dim3(1), last); }); }},
+    {kSanitized ? "crash-past-the-end" : "planted-past-the-end",
+     [] {
        std::vector<float> y(N);
        return fails("byte 256 of a shared array of 256 bytes",
                     [&] { go(past_the_end_kernel, dim3(1), dim3(N), y.data()); });
      }},
-    {"planted-divergent-barrier", [] {
-       return fails("different barriers", [] { go(divergent_barrier_kernel, dim3(1), dim3(N)); });
-     }},
-    {"planted-early-exit", [] {
-       return fails("some threads never reach", [] { go(early_exit_kernel, dim3(1), dim3(N)); });
-     }},
-    {"planted-exit-before-a-shuffle", [] {
+    {"planted-divergent-barrier",
+     [] { return fails("different barriers", [] { go(divergent_barrier_kernel, dim3(1), dim3(N)); }); }},
+    {"planted-early-exit",
+     [] { return fails("some threads never reach", [] { go(early_exit_kernel, dim3(1), dim3(N)); }); }},
+    {"planted-exit-before-a-shuffle",
+     [] {
        std::vector<float> y(N);
        return fails("wait for others that never come", [&] { go(warp_exit_kernel, dim3(1), dim3(32), y.data()); });
      }},
-    {"planted-wrong-mask", [] {
+    {"planted-wrong-mask",
+     [] {
        std::vector<float> y(N);
        return fails("lacks the calling lane", [&] { go(wrong_mask_kernel, dim3(1), dim3(32), y.data()); });
      }},
-    {"planted-read-outside-mask", [] {
+    {"planted-read-outside-mask",
+     [] {
        std::vector<float> y(N);
        return fails("not in its mask", [&] { go(outside_mask_kernel, dim3(1), dim3(32), y.data()); });
      }},
-    {"planted-forgotten-wait", [] {
+    {"planted-forgotten-wait",
+     [] {
        const auto x = ramp(4 * N);
        std::vector<float> y(4 * N);
        return fails("never waited for", [&] { go(forgotten_wait_kernel, dim3(1), dim3(N), x.data(), y.data()); });
      }},
-    {"planted-unwritten-shared", [] {
+    {"planted-unwritten-shared",
+     [] {
        std::vector<float> y(N);
        go(unwritten_kernel, dim3(1), dim3(N), y.data());
        expect(std::isnan(y[0]) && y[1] == 1.0f, "not NaN");
        return std::string("NaN");
      }},
-    {"planted-too-much-shared", [] {
-       return fails("more than 48 KB", [] { go(big_shared_kernel, dim3(1), dim3(N)); });
-     }},
-    {"planted-grid-barrier", [] {
+    {"planted-too-much-shared",
+     [] { return fails("more than 48 KB", [] { go(big_shared_kernel, dim3(1), dim3(N)); }); }},
+    {"planted-grid-barrier",
+     [] {
        unsigned barrier = 0;
        return fails("not cooperative", [&] { go(grid_barrier_kernel, dim3(2), dim3(N), &barrier); });
      }},
-    {"planted-too-many-threads", [] {
+    {"planted-too-many-threads",
+     [] {
        unsigned barrier = 0;
        return fails("at most 1024", [&] { go(grid_barrier_kernel, dim3(1), dim3(1025), &barrier); });
      }},
 #if defined(__SANITIZE_ADDRESS__)
-    {"crash-global-out-of-bounds", [] {
+    {"crash-global-out-of-bounds",
+     [] {
        std::vector<float> y(N);
        go(global_out_of_bounds_kernel, dim3(1), dim3(N), y.data());
        return std::string("the mistake was not found");

@@ -116,6 +116,4 @@ class RMSNorm(_Fused, nn.RMSNorm):
 
     def forward(self, x: Tensor, residual: Tensor | None = None, return_sum: bool = False):
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
-        return self._run(
-            rms_norm, x, residual, return_sum, self.weight, eps=eps, weight_offset=self.weight_offset
-        )
+        return self._run(rms_norm, x, residual, return_sum, self.weight, eps=eps, weight_offset=self.weight_offset)

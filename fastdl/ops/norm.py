@@ -136,7 +136,7 @@ def layer_norm(
     return_sum  return (y, s): s is what the next pre-norm block adds to (x itself without residual and dropout)
     backend     None or "auto", "cpu", "cuda", "triton", "torch"
 
-    Returns y [..., cols] in the dtype of x. Zero rows give zero rows. Differentiable twice in x, residual, weight, bias.
+    Returns y [..., cols] in the dtype of x. Zero rows give zero rows. Differentiable twice in all four tensors.
     Raises TypeError or ValueError naming the argument; fastdl.BackendError if ``backend`` cannot.
 
     >>> import torch, fastdl
