@@ -51,7 +51,8 @@ def test_kernel(name):
 def test_access_out_of_bounds_ends_a_sanitized_process():
     for name, report in (("crash-global-out-of-bounds", "heap-buffer-overflow"), ("crash-past-the-end", "poison")):
         script = (
-            "import ctypes; from fastdl import emulator; emulator.emulator_error(); text = ctypes.create_string_buffer(99);"
+            "import ctypes; from fastdl import emulator; emulator.emulator_error();"
+            "text = ctypes.create_string_buffer(99);"
             f"emulator._State.library.fastdl_emulator_self_test({NAMES.index(name)}, text, 99)"
         )
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

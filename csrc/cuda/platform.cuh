@@ -54,17 +54,10 @@ cudaError_t allow_shared(void (*kernel)(P...), size_t dynamic_shared) {
                               static_cast<int>(dynamic_shared));
 }
 
+// cudaLaunchKernelEx, not <<<>>>: a plain function call, which formatters and g++ can read.
 template <class... P, class... A>
-cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_shared, cudaStream_t stream,
-                   A&&... arguments) {
-  if (const cudaError_t error = allow_shared(kernel, dynamic_shared); error != cudaSuccess) return error;
-  kernel<<<grid, block, dynamic_shared, stream> > >(std::forward<A>(arguments)...);
-  return cudaGetLastError();
-}
-
-template <class... P, class... A>
-cudaError_t launch_cooperative(void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_shared, cudaStream_t stream,
-                               A&&... arguments) {
+cudaError_t launch_with(bool cooperative, void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_shared,
+                        cudaStream_t stream, A&&... arguments) {
   if (const cudaError_t error = allow_shared(kernel, dynamic_shared); error != cudaSuccess) return error;
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeCooperative;
@@ -75,8 +68,20 @@ cudaError_t launch_cooperative(void (*kernel)(P...), dim3 grid, dim3 block, size
   config.dynamicSmemBytes = dynamic_shared;
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = 1;
+  config.numAttrs = cooperative ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, static_cast<P>(std::forward<A>(arguments))...);
+}
+
+template <class... P, class... A>
+cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_shared, cudaStream_t stream,
+                   A&&... arguments) {
+  return launch_with(false, kernel, grid, block, dynamic_shared, stream, std::forward<A>(arguments)...);
+}
+
+template <class... P, class... A>
+cudaError_t launch_cooperative(void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_shared, cudaStream_t stream,
+                               A&&... arguments) {
+  return launch_with(true, kernel, grid, block, dynamic_shared, stream, std::forward<A>(arguments)...);
 }
 
 // Of the current device; asked for once per device.
