@@ -13,9 +13,22 @@ import pkgutil
 from fastdl import backend, nn, ops, quant
 from fastdl.backend import BackendError, explain
 from fastdl.quant.model import quantize
+from fastdl.swap import accelerate, accelerated, restore
 
 __version__ = "0.1.0"
-__all__ = ["BackendError", "__version__", "backend", "explain", "nn", "ops", "quant", "quantize"]
+__all__ = [
+    "BackendError",
+    "__version__",
+    "accelerate",
+    "accelerated",
+    "backend",
+    "explain",
+    "nn",
+    "ops",
+    "quant",
+    "quantize",
+    "restore",
+]
 
 # Every schema under fastdl/ops is defined before the compiled library is checked against them: tools/schema_hash.py
 # hashes that whole folder at build time.

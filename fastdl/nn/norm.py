@@ -115,5 +115,7 @@ class RMSNorm(_Fused, nn.RMSNorm):
         self.weight_offset, self.dropout, self.backend = weight_offset, dropout, backend
 
     def forward(self, x: Tensor, residual: Tensor | None = None, return_sum: bool = False):
-        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        eps = self.eps
+        if eps is None:  # as torch's
+            eps = torch.finfo(x.dtype if isinstance(x, Tensor) and x.is_floating_point() else torch.float32).eps
         return self._run(rms_norm, x, residual, return_sum, self.weight, eps=eps, weight_offset=self.weight_offset)

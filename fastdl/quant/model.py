@@ -9,12 +9,12 @@ Test: ``pytest tests/test_quantize_model.py``.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from .._patterns import select
 from ..nn.quant_matmul import QuantEmbedding, QuantLinear
 from .formats import FORMATS, Format, find
 from .report import LayerReport, QuantReport, model_bytes
@@ -67,7 +67,7 @@ def quantize(
         kind = type(model).__name__
         raise ValueError(f"model: is itself a layer ({kind}), use fastdl.nn.Quant{kind}.from_{kind.lower()}(model)")
     names = _names(model)
-    selected = _select(list(names.values()), include, exclude)
+    selected = select(list(names.values()), include, exclude)
     before = model_bytes(model)
     reasons = _ties(model, names, {layer: _reason(layer, fmt, name in selected) for layer, name in names.items()})
 
@@ -92,23 +92,6 @@ def _names(model: nn.Module) -> dict[nn.Module, str]:
     convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
     kinds = (nn.Linear, nn.Embedding, QuantLinear, QuantEmbedding, nn.EmbeddingBag, nn.Bilinear, *convolutions)
     return {module: name for name, module in model.named_modules() if isinstance(module, kinds)}
-
-
-def _select(names: list[str], include: str | Iterable[str] | None, exclude: str | Iterable[str]) -> set[str]:
-    """Names that include takes and exclude leaves; a pattern that matches nothing is a mistake worth an error."""
-    chosen = {}
-    for argument, patterns in (("include", include), ("exclude", exclude)):
-        if patterns is not None and not isinstance(patterns, Iterable):
-            raise TypeError(f"{argument}: expected names or patterns (str), got {type(patterns).__name__}")
-        patterns = [patterns] if isinstance(patterns, str) else list(patterns or ())
-        for pattern in patterns:
-            if not isinstance(pattern, str):
-                raise TypeError(f"{argument}: expected names or patterns (str), got {type(pattern).__name__}")
-            if not any(fnmatchcase(name, pattern) for name in names):
-                some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-                raise ValueError(f"{argument}: {pattern!r} matches no layer; the layers are {some or 'none'}")
-        chosen[argument] = {name for name in names for pattern in patterns if fnmatchcase(name, pattern)}
-    return (set(names) if include is None else chosen["include"]) - chosen["exclude"]
 
 
 def _reason(layer: nn.Module, fmt: Format, selected: bool) -> str | None:
