@@ -16,6 +16,11 @@ from pathlib import Path
 from bench import goals, hardware, results
 
 NOT_MEASURED = "not yet measured"
+NORM_KINDS = {
+    "add_norm": "residual add + layer_norm",
+    "norm": "layer_norm forward",
+    "norm_gradients": "layer_norm and its gradients",
+}
 LEVEL_NAMES = {"amx": "AMX", "avx512": "AVX-512", "avx2": "AVX2", "scalar": "scalar"}
 METRIC_NAMES = {"prefill": "prefill, 512 tokens", "decode": "decode, batch 1, 128 tokens"}
 
@@ -161,12 +166,33 @@ def products_table(found: dict[str, list[dict]]) -> str:
     return "\n".join(made)
 
 
+def norm_table(found: dict[str, list[dict]]) -> str:
+    """layer_norm against torch's own ops, one row a kind of work, shape and dtype; the GPU's rows wait for one."""
+    made = ["| layer_norm over torch's ops | must | aim | measured | on |", "| --- | --- | --- | --- | --- |"]
+    measured = False
+    for content in found.get("norm", []):
+        for _, record in sorted(content["records"].items()):
+            rows, cols = record["shape"]
+            goal = goals.NORM[record["kind"]]
+            name = f"{NORM_KINDS[record['kind']]}, {rows} x {cols} {record['dtype']}, {LEVEL_NAMES[record['level']]}"
+            cell = f"{times(record['ratio'])}: {goal.verdict(record['ratio']['median'])}"
+            made.append(f"| {name} | {goal.must} × | {goal.aim} × | {cell} | {machine_name(content)} |")
+            measured = True
+    if not measured:
+        made += [f"| {name} | {goals.NORM[kind].must} × | {goals.NORM[kind].aim} × | {NOT_MEASURED} | |"
+                 for kind, name in NORM_KINDS.items()]  # fmt: skip
+    made.append(f"| on a GPU: forward, 8192 x 4096 and 32768 x 1024 bf16, share of the copy bandwidth | 85 % | 92 % | "
+                f"{NOT_MEASURED} | |")  # fmt: skip
+    made.append(f"| on a GPU: backward, and add + norm, share of the copy bandwidth | 70 % | 85 % | {NOT_MEASURED} | |")
+    return "\n".join(made)
+
+
 def write_readme(path: Path, found: dict[str, list[dict]]) -> None:
     """Replace what stands between the markers of the README by the tables."""
     begin, end = "<!-- measured:begin -->", "<!-- measured:end -->"
     text = path.read_text(encoding="utf-8")
     before, rest = text.split(begin)
-    tables = f"{begin}\n{goal_table(found)}\n\n{products_table(found)}\n{end}"
+    tables = f"{begin}\n{goal_table(found)}\n\n{products_table(found)}\n\n{norm_table(found)}\n{end}"
     path.write_text(before + tables + rest.split(end)[1], encoding="utf-8")
 
 
