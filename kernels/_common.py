@@ -88,10 +88,11 @@ def case(
     block: int,
     config: Config,
     constants: Mapping[str, Any] | None = None,
+    note: str = "",
 ) -> Case:
     """types: Triton's type of every argument but BLOCK and ROWS; constants: arguments that Triton makes constants of,
-    None and 1. More than the kernel has do not matter."""
+    None and 1. More than the kernel has do not matter. note: what tells the case from others of the kernel."""
     constexprs = {"BLOCK": block, "ROWS": config.rows, **(constants or {})}
     constexprs = {key: value for key, value in constexprs.items() if key in kernel.arg_names}
     signature = {key: "constexpr" if key in constexprs else types[key] for key in kernel.arg_names}
-    return Case(f"{name}[{block}]{' bare' if constants else ''}", kernel, signature, constexprs, config.options)
+    return Case(f"{name}[{block}] {note}".rstrip(), kernel, signature, constexprs, config.options)

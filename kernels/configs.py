@@ -54,6 +54,11 @@ _TABLE: dict[str, dict[int, Config]] = {
     "norm_backward_stream": {2048: Config(1, 8)},
     "norm_columns": {128: Config(32, 4)},
     "norm_partials": {128: Config(32, 4)},
+    # 8 elements of 16 bits a thread: one instruction of 16 bytes
+    "activation_forward": {128: Config(8, 4, programs=16), 1024: Config(1, 4, programs=16)},
+    "activation_backward": {128: Config(8, 4, programs=8), 1024: Config(1, 4, programs=8)},
+    "activation_glu": {128: Config(8, 4, programs=16), 1024: Config(1, 4, programs=16)},
+    "activation_sums": {128: Config(32, 4)},
 }
 
 # Where a class of architectures departs from the table.

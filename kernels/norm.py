@@ -146,6 +146,6 @@ def compile_cases(cc: int) -> Iterator[Case]:
     for kernel in (forward, forward_stream, *_backward.KERNELS):
         name = f"norm_{kernel.__name__}"
         constants = {**bare, "s": None} if kernel in (forward, forward_stream) else bare
-        yield case(name, kernel, types, blocks(name)[0], config(name, cc, blocks(name)[0]), constants)
+        yield case(name, kernel, types, blocks(name)[0], config(name, cc, blocks(name)[0]), constants, "bare")
         for block in blocks(name):
             yield case(name, kernel, types, block, config(name, cc, block))

@@ -3,8 +3,6 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
-#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -12,23 +10,7 @@
 
 namespace fastdl {
 
-using OptionalTensor = std::optional<Tensor>;
 using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-
-inline bool same_device(const Tensor& a, const Tensor& b) {
-  return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
-}
-
-inline void check_like(const Tensor& x, const Tensor& other, const char* message) {
-  const auto a = x.sizes(), b = other.sizes();
-  check(other.scalar_type() == x.scalar_type() && same_device(x, other) &&
-            std::equal(a.begin(), a.end(), b.begin(), b.end()),
-        message);
-}
-
-inline const void* pointer(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
-
-inline float keep_scale(double p) { return p >= 1 ? 0.0f : static_cast<float>(1.0 / (1.0 - p)); }
 
 // weight and bias: contiguous, of one dtype, which is that of x or float32.
 struct NormParameters {
@@ -52,13 +34,6 @@ struct NormParameters {
     to = as_contiguous(*given);
   }
 };
-
-inline const int64_t* seed_pointer(const Tensor& x, const OptionalTensor& seed) {
-  if (!seed) return nullptr;
-  check(seed->scalar_type() == ScalarType::Long && seed->numel() == 1 && same_device(*seed, x),
-        "seed: expected int64 [1] on the device of x");
-  return static_cast<const int64_t*>(seed->const_data_ptr());
-}
 
 struct NormForwardTensors {
   Rows x, residual;  // residual: x where there is none

@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -14,6 +16,7 @@ namespace fastdl {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
 
 inline void check(bool ok, const char* message) {
   if (!ok) throw std::runtime_error(std::string("fastdl: ") + message);
@@ -27,6 +30,28 @@ inline int float_format(const Tensor& x, const char* message) {
     case ScalarType::BFloat16: return FORMAT_BF16;
     default: throw std::runtime_error(std::string("fastdl: ") + message);
   }
+}
+
+inline bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
+}
+
+inline void check_like(const Tensor& x, const Tensor& other, const char* message) {
+  const auto a = x.sizes(), b = other.sizes();
+  check(other.scalar_type() == x.scalar_type() && same_device(x, other) &&
+            std::equal(a.begin(), a.end(), b.begin(), b.end()),
+        message);
+}
+
+inline const void* pointer(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
+
+inline float keep_scale(double p) { return p >= 1 ? 0.0f : static_cast<float>(1.0 / (1.0 - p)); }
+
+inline const int64_t* seed_pointer(const Tensor& x, const OptionalTensor& seed) {
+  if (!seed) return nullptr;
+  check(seed->scalar_type() == ScalarType::Long && seed->numel() == 1 && same_device(*seed, x),
+        "seed: expected int64 [1] on the device of x");
+  return static_cast<const int64_t*>(seed->const_data_ptr());
 }
 
 inline int checked_format(int64_t format, int64_t cols) {

@@ -5,31 +5,16 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <new>
 
 #include "common/norm_tensors.h"
 #include "common/parallel.h"
 #include "cpu/norm_kernel.h"
+#include "cpu/scratch.h"
 
 namespace fastdl {
 namespace {
 
 constexpr int64_t ALONE = 16 * 1024;  // elements; waking up a second thread costs more than so few take
-
-// Working memory aligned to a cache line; small ones live on the stack, because allocating costs as much as a short row.
-struct Scratch {
-  explicit Scratch(int64_t bytes)
-      : data(bytes <= static_cast<int64_t>(sizeof local)
-                 ? local
-                 : static_cast<uint8_t*>(::operator new(static_cast<size_t>(bytes), std::align_val_t(64)))) {}
-  ~Scratch() {
-    if (data != local) ::operator delete(data, std::align_val_t(64));
-  }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  alignas(64) uint8_t local[16 * 1024];
-  uint8_t* data;
-};
 
 const NormKernels& norm_table() {
   switch (cpu_variant()) {

@@ -6,11 +6,6 @@
 namespace fastdl::cuda {
 namespace {
 
-template <class T>
-T* output(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
-
 FourTensors norm_forward(const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
                          const OptionalTensor& bias, const OptionalTensor& seed, double p, double eps, double offset,
                          bool rms) {

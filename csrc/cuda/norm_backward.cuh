@@ -6,7 +6,7 @@
 //
 // `rows`: as many blocks as fill the GPU walk over the rows; a row lies in registers, and so do the block's sums for
 // dweight and dbias, which go to partial[block] at the end. `stream`: any width and alignment, dx alone, the sums by
-// `columns`. `partials` adds the partial sums in the order of the blocks: the result depends on the GPU's size, not on
+// `columns`. `sum_partials` adds the partial sums in the order of the blocks: the result depends on the GPU's size, not on
 // time. Floor: (reads of grad, grad_sum, s + writes of ds, dx) / bandwidth.
 //
 // Test: pytest tests/test_norm.py
@@ -163,26 +163,6 @@ __global__ void __launch_bounds__(256) norm_columns(NormBackward<T> a) {
   }
 }
 
-// out[which][col] = sum of partial[which][0 .. parts)[col]; block (32 columns, 8), blockIdx.y: 0 dweight, 1 dbias.
-inline __global__ void __launch_bounds__(256)
-    norm_partials(const float* partial, float* dweight, float* dbias, int64_t parts, int64_t cols) {
-  FASTDL_SHARED(float, sums, [8][33]);
-  const int64_t col = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x;
-  float* out = blockIdx.y == 0 ? dweight : dbias;
-  if (out == nullptr) return;  // the whole block
-  float sum = 0.0f;
-  if (col < cols)
-    for (int64_t part = threadIdx.y; part < parts; part += 8) sum += partial[(blockIdx.y * parts + part) * cols + col];
-  sums[threadIdx.y][threadIdx.x] = sum;
-  __syncthreads();
-  if (threadIdx.y == 0 && col < cols) {
-    sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) sum += sums[i][threadIdx.x];
-    out[col] = sum;
-  }
-}
-
 // How a backward pass is cut: the kernel for a width, and the number of partial sums, a function of shapes and the GPU.
 struct NormPlan {
   int threads, chunks, rows;  // of norm_backward_rows; threads 0: stream and columns
@@ -244,7 +224,7 @@ cudaError_t norm_backward_launch(const NormBackward<T>& a, const NormPlan& plan,
       error = launch(norm_columns<T>, dim3(tiles, static_cast<unsigned>(a.parts)), dim3(32, 8), 0, stream, a);
   }
   if (error != cudaSuccess || !a.partial) return error;
-  return launch(norm_partials, dim3(tiles, 2), dim3(32, 8), 0, stream, static_cast<const float*>(a.partial), dweight,
+  return launch(sum_partials, dim3(tiles, 2), dim3(32, 8), 0, stream, static_cast<const float*>(a.partial), dweight,
                 dbias, a.parts, a.cols);
 }
 

@@ -45,4 +45,35 @@ __device__ __forceinline__ float block_sum(float v) {
   return one[0];
 }
 
+// out[which][col] = sum of partial[which][0 .. parts)[col]; block (32 columns, 8), blockIdx.y: which, of one or two sums.
+inline __global__ void __launch_bounds__(256)
+    sum_partials(const float* partial, float* first, float* second, int64_t parts, int64_t cols) {
+  FASTDL_SHARED(float, sums, [8][33]);
+  const int64_t col = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x;
+  float* out = blockIdx.y == 0 ? first : second;
+  if (out == nullptr) return;  // the whole block
+  float sum = 0.0f;
+  if (col < cols)
+    for (int64_t part = threadIdx.y; part < parts; part += 8) sum += partial[(blockIdx.y * parts + part) * cols + col];
+  sums[threadIdx.y][threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.y == 0 && col < cols) {
+    sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sum += sums[i][threadIdx.x];
+    out[col] = sum;
+  }
+}
+
+// out[c] = sum over i < outer and j < inner of partial[i][c][j], for each of `channels`. Block: (32, 8), a warp an output.
+inline __global__ void __launch_bounds__(256)
+    sum_channels(const float* partial, float* out, int64_t outer, int64_t channels, int64_t inner) {
+  const int64_t c = static_cast<int64_t>(blockIdx.x) * 8 + threadIdx.y;
+  if (c >= channels) return;  // a whole warp, and no block barrier here
+  float sum = 0.0f;
+  for (int64_t k = threadIdx.x; k < outer * inner; k += 32) sum += partial[(k / inner * channels + c) * inner + k % inner];
+  sum = warp_sum(sum);
+  if (threadIdx.x == 0) out[c] = sum;
+}
+
 }  // namespace fastdl::cuda

@@ -61,6 +61,11 @@ inline void check_launch(const char* op, cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("fastdl::") + op + ": " + cudaGetErrorString(error));
 }
 
+template <class T>
+T* output(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
 // The one switch from a tensor's dtype to a kernel's type: body(T{}), T = float, half_t or bf16_t.
 template <class Body>
 void for_float_type(const Tensor& x, const char* name, const Body& body) {

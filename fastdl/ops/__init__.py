@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .activation import swiglu
+from .activation import activation, geglu, swiglu
 from .attention import attention
 from .decoder_block import DecoderLayer, DecoderStack, decoder_blocks
 from .norm import layer_norm, rms_norm
@@ -35,7 +35,7 @@ ROOMS: dict[str, Room] = {
     "norm": Room(("layer_norm", "rms_norm"), ("cpu", "cuda", "triton"), ("LayerNorm", "RMSNorm")),
     "rope": Room(("rope", "rope_table")),
     "attention": Room(("attention",)),
-    "activation": Room(("swiglu",)),
+    "activation": Room(("activation", "swiglu", "geglu"), ("cpu", "cuda", "triton"), ("Activation", "GatedMLP")),
 }
 
 __all__ = [
@@ -43,9 +43,11 @@ __all__ = [
     "DecoderLayer",
     "DecoderStack",
     "Room",
+    "activation",
     "attention",
     "auto_activation",
     "decoder_blocks",
+    "geglu",
     "layer_norm",
     "quant_embedding",
     "quant_matmul",

@@ -43,7 +43,7 @@ def keep_mask(seed: Tensor, shape: torch.Size | tuple[int, ...], p: float) -> Te
     return (uniform(seed, torch.arange(count, device=seed.device)) >= p).reshape(shape)
 
 
-def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
-    """x / (1 - p) where kept, else 0. x in the dtype it is computed in."""
+def dropout(x: Tensor, seed: Tensor, p: float, shape: torch.Size | tuple[int, ...] | None = None) -> Tensor:
+    """x / (1 - p) where kept, else 0. x in the dtype it is computed in; shape: of the mask, where it is broadcast to x."""
     scale = 0.0 if p >= 1 else 1.0 / (1.0 - p)
-    return torch.where(keep_mask(seed, x.shape, p), x * scale, torch.zeros_like(x))
+    return torch.where(keep_mask(seed, x.shape if shape is None else shape, p), x * scale, torch.zeros_like(x))
