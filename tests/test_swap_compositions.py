@@ -241,18 +241,15 @@ def test_layers_without_parameters(native, layer, shape):
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
-        (nn.LayerNorm(4, eps=0.0), r"its eps is 0\.0; the kernels need eps > 0"),
-        (nn.LayerNorm(0), "normalizes over no elements"),
-        (
-            torch.ao.nn.quantized.LayerNorm(4, nn.Parameter(torch.ones(4)), nn.Parameter(torch.zeros(4)), 0.1, 0),
-            "is a subclass",
-        ),
+        (lambda: nn.LayerNorm(4, eps=0.0), "its eps is 0.0; the kernels need eps > 0"),
+        (lambda: nn.LayerNorm(0), "normalizes over no elements"),
+        (lambda: torch.ao.nn.quantized.LayerNorm(4, *map(nn.Parameter, torch.ones(2, 4)), 0.1, 0), "is a subclass"),
     ],
     ids=["eps 0", "no elements", "quantized"],
 )
 def test_layers_that_the_kernels_cannot_take(native, layer, reason):
-    (left,) = fastdl.accelerate(layer).left
-    assert reason.replace("\\", "") in left.reason
+    (left,) = fastdl.accelerate(layer()).left
+    assert reason in left.reason
 
 
 def test_arguments_by_name(native):
