@@ -11,6 +11,9 @@ An :class:`Op` is one contract with several implementations, its twins:
     | triton     | fastdl::<name>_triton   | kernels/<room>.py                                                   |
     | emulated   | fastdl_emulated::<name> | the CUDA sources under csrc/emulator, on CPU tensors; tests only    |
 
+Inside torch.func's transforms (vmap, grad, jacrev, ...) and forward-mode AD, for which kernels have no rules, the
+reference itself runs in place of any twin: it is made of torch's operations, which have them.
+
 Fake kernel and gradient are registered once for all of them, and a twin's gradient calls the same twin of the backward
 op, so that forward and backward run on one back end.
 """
@@ -25,6 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 LIB = torch.library.Library("fastdl", "DEF")
 _schemas: list[str] = []
@@ -63,7 +67,7 @@ class Op:
 
     schema     a string literal, ``"name(Tensor x, ...) -> ..."``
     fake       shapes and dtypes of the outputs: takes the op's arguments
-    reference  the torch twin: takes the op's arguments, runs on any device
+    reference  the torch twin: takes the op's arguments, runs on any device, made of torch's differentiable operations
     triton     the same from Triton kernels; None where the room has none
 
     ``OP["native"](...)`` calls a twin; :func:`twin_of` names the one for a back end.
@@ -78,7 +82,7 @@ class Op:
         triton: Callable[..., Any] | None = None,
     ) -> None:
         self.name, self.arguments = schema.split("(", 1)
-        self._fake = fake
+        self._fake, self._reference = fake, reference
         self._gradient: tuple[Callable[..., Any], Callable[..., Any]] | None = None
         self._calls: dict[str, Callable[..., Any]] = {}
         self._names: dict[str, str] = {}
@@ -134,8 +138,10 @@ class Op:
                 return self._gradient[1](twin, ctx, *grads)
 
         def call(*arguments: Any) -> Any:
-            if is_compiling() or functorch_active():
+            if is_compiling():
                 return op(*arguments)
+            if functorch_active() or forward_ad._current_level >= 0:
+                return self._reference(*arguments)
             differentiable = False
             for a in arguments:
                 kind = type(a)
@@ -154,6 +160,11 @@ class Op:
         setup, backward = self._gradient
         library = _emulated if twin == "emulated" else LIB
         torch.library.register_autograd(name, functools.partial(backward, twin), setup_context=setup, lib=library)
+
+
+def transformed() -> bool:
+    """True inside a transform for which kernels have no rules (see the head of this file)."""
+    return not is_compiling() and (functorch_active() or forward_ad._current_level >= 0)
 
 
 def twin_of(backend: str, device: torch.device) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from .ops.norm import rms_norm
 
 __all__ = ["SwapReport", "accelerate", "accelerated", "restore"]
 
-_MARK = "_fastdl_before"  # on a changed module: its class and the instance attributes as they were
+_MARK = "_fastdl_before"  # on a changed module: its class and attributes as they were, and the class that it was given
 
 
 # ---- The report -----------------------------------------------------------------------------------------------------
@@ -86,7 +87,9 @@ def _torch_rule(room: str, ours: type, theirs: type) -> Rule:
     def plan(layer: nn.Module) -> tuple[type, dict] | str:
         if type(layer) is not theirs:
             return f"{type(layer).__name__} is a subclass that may compute something else"
-        return ours, {}
+        if layer.eps is not None and not layer.eps > 0:
+            return f"its eps is {layer.eps}; the kernels need eps > 0"
+        return "normalizes over no elements" if 0 in layer.normalized_shape else (ours, {})
 
     return Rule(room, lambda layer: isinstance(layer, theirs), plan)
 
@@ -96,8 +99,9 @@ class _RMSNormByProbe:
 
     backend: str | None = None
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        x, (offset, promotes) = hidden_states, self._fastdl_rms_norm
+    def forward(self, *given: Tensor, **named: Tensor) -> Tensor:
+        (x,) = (*given, *named.values())  # its one argument has another name in every model
+        offset, promotes = self._fastdl_rms_norm
         y = rms_norm(x, self.weight, eps=_epsilon(self), weight_offset=offset, backend=self.backend)
         return y.to(torch.promote_types(x.dtype, self.weight.dtype)) if promotes else y
 
@@ -118,9 +122,12 @@ def _is_rms_norm(layer: nn.Module) -> bool:
 
 def _plan_rms_norm(layer: nn.Module) -> tuple[type, dict] | str:
     """Runs the layer on a probe: its output says whether the weight has an offset, and which dtype comes out."""
-    if _epsilon(layer) is None:
-        return "its eps was not found"
+    if _epsilon(layer) is None or not _epsilon(layer) > 0:
+        return "its eps was not found" if _epsilon(layer) is None else f"its eps is {_epsilon(layer)}"
     weight, forward = layer.weight, type(layer).forward
+    arguments = list(inspect.signature(forward).parameters)[1:]
+    if len(arguments) != 1:
+        return f"its forward takes more than the tensor: {', '.join(arguments)}"
     if weight.is_meta:
         return "is on the meta device: load the weights first"
     x = torch.randn(4, weight.shape[0], generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
@@ -188,8 +195,13 @@ def accelerate(
     backend  back end for the swapped layers; None: the automatic choice at each call
 
     Known are torch's LayerNorm and RMSNorm, and RMS norms of Hugging Face models, which are checked on a probe input.
-    torch's TransformerEncoder and its layers lose their inference fast path when a layer inside is swapped, because it
-    would not be called; what padded positions hold is then, as in training, not zero.
+    A layer that stands at several places has all their names: it is taken where one matches ``only`` and none matches
+    ``exclude``. torch's TransformerEncoder and its layers lose their inference fast path when a layer inside is
+    swapped, because it would not be called; what padded positions hold is then, as in training, not zero.
+
+    Swapped layers go through torch.compile, torch.export, torch.jit.trace, autocast, copies, pickles, DDP and
+    fully_shard. torch.jit.script and torch.fx.symbolic_trace read Python source and cannot take them; nor can a layer
+    be swapped whose input is a DTensor (tensor parallelism): exclude it.
 
     Returns a report that prints as a table: what was swapped, what was left and why. Raises TypeError, ValueError (a
     pattern that matches nothing), or fastdl.BackendError (``backend`` cannot run there); the model is then unchanged.
@@ -211,12 +223,18 @@ def accelerate(
             known[name] = (module, rule)
         elif not any(module.children()):
             others[type(module).__name__] += 1
-    selected = select(list(known), only, exclude, "only")
+    names: dict[nn.Module, list[str]] = {module: [] for module, _ in known.values()}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module in names:
+            names[module].append(name)
+    every = [name for found in names.values() for name in found]
+    taken, kept = select(every, only, (), "only"), select(every, None, exclude)
     plans, layers = [], []
     for name, (module, rule) in known.items():
         before = vars(module).get(_MARK)
         kind = type(module) if before is None else before["class"]
-        found = _plan(module, rule, name in selected, backend)
+        selected = not taken.isdisjoint(names[module]) and kept.issuperset(names[module])
+        found = _plan(module, rule, selected, backend)
         layers.append(LayerSwap(name, kind.__name__, found if isinstance(found, str) else None))
         if not isinstance(found, str):
             plans.append((module, *found))
@@ -231,7 +249,8 @@ def accelerate(
 
 
 def restore(model: nn.Module) -> None:
-    """Give a model back the layers that `accelerate` swapped. Harmless where there are none.
+    """Give a model back the layers that `accelerate` swapped. Harmless where there are none. What was done to a layer
+    after the swap (parametrizations, torch's fully_shard) stays.
 
     >>> import torch, fastdl
     >>> model = torch.nn.Sequential(torch.nn.LayerNorm(8))
@@ -297,7 +316,7 @@ def _plan(module: nn.Module, rule: Rule, selected: bool, backend: str | None) ->
 def _change(module: nn.Module, kind: type, attributes: dict) -> None:
     own = vars(module)
     before = {name: own[name] for name in attributes if name in own}
-    own[_MARK] = {"class": type(module), "attributes": before, "set": tuple(attributes)}
+    own[_MARK] = {"class": type(module), "now": kind, "attributes": before, "set": tuple(attributes)}
     own.update(attributes)
     module.__class__ = kind
 
@@ -310,4 +329,16 @@ def _give_back(module: nn.Module) -> None:
     for name in before["set"]:
         own.pop(name, None)
     own.update(before["attributes"])
-    module.__class__ = before["class"]
+    module.__class__ = _rebased(type(module), before["now"], before["class"])
+
+
+def _rebased(kind: type, now: type, original: type) -> type:
+    """The class that a module goes back to: its original one, or, where its class was extended after the swap, as
+    torch's parametrize and fully_shard do, the same extension of the original one."""
+    if kind is now:
+        return original
+    if now not in kind.__mro__[1:]:
+        return kind  # somebody else gave it another class, which is theirs to keep
+    bases = tuple(_rebased(base, now, original) if issubclass(base, now) else base for base in kind.__bases__)
+    members = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+    return type(kind)(kind.__name__, bases, members)

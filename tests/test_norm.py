@@ -309,6 +309,13 @@ def test_philox_is_the_published_one():
     ("arguments", "error", "message"),
     [
         (([1.0],), TypeError, "x: expected a tensor, got list"),
+        (
+            (torch.ones(2, 4).to(torch.float8_e5m2),),
+            TypeError,
+            "x: expected a dense .*, got torch.float8_e5m2",
+        ),
+        ((torch.ones(2, 4).to_sparse(),), TypeError, "x: expected a dense .* layout torch.sparse_coo"),
+        ((torch.ones(2, 4), torch.ones(4).to_sparse()), TypeError, "weight: expected .* layout torch.sparse_coo"),
         ((torch.ones(2, 4, dtype=torch.int64),), TypeError, "x: expected a dense floating point"),
         ((torch.ones(()),), ValueError, "x: expected shape"),
         ((torch.ones(2, 0),), ValueError, "at least 1"),
@@ -337,6 +344,23 @@ def test_bad_input(arguments, error, message):
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         ops.rms_norm(torch.ones(1, 4), **options)
+
+
+@pytest.mark.parametrize("name", ["eps", "dropout_p", "weight_offset"])
+@pytest.mark.parametrize("value", [None, "1", torch.tensor(1.0)], ids=["None", "str", "Tensor"])
+def test_options_are_numbers(name, value):
+    with pytest.raises(TypeError, match=f"{name}: expected a number, got {type(value).__name__}"):
+        ops.rms_norm(torch.ones(1, 4), **{name: value})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.lane("gpu")
+@pytest.mark.parametrize("kind", KINDS)
+def test_gpu_autocast(kind):
+    """float32 comes out where it comes out of torch's op."""
+    x = torch.randn(3, 16, device="cuda", dtype=torch.bfloat16)
+    with torch.autocast("cuda", torch.bfloat16):
+        assert run(kind, x).dtype == torch_norm(kind, x)[0].dtype
 
 
 def test_back_ends_that_cannot():

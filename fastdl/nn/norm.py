@@ -30,6 +30,13 @@ class _Fused:
         more = f", dropout={self.dropout}" if self.dropout else ""
         return super().extra_repr() + more + (f", backend={self.backend!r}" if self.backend else "")
 
+    def _torchs(self, x: Tensor, residual: Tensor | None, return_sum: bool) -> bool:
+        """Nested tensors have no kernels: torch's own layer takes them, unless something is asked that it cannot do."""
+        if not isinstance(x, Tensor) or not x.is_nested:
+            return False
+        extras = residual is not None or return_sum or (self.dropout and self.training) or self.backend
+        return not extras and not getattr(self, "weight_offset", 0.0)
+
     def _run(self, function, x: Tensor, residual: Tensor | None, return_sum: bool, *parameters, **options):
         if not isinstance(x, Tensor):
             raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
@@ -53,11 +60,11 @@ class LayerNorm(_Fused, nn.LayerNorm):
     """``torch.nn.LayerNorm`` on fastdl's kernels; ``forward(x, residual)`` adds the residual first.
 
     normalized_shape, eps, elementwise_affine, bias, device, dtype   as torch's
-    dropout   probability, in training, of zeroing an element of x before the residual is added
+    dropout   probability, in training, of zeroing an element of input before the residual is added
     backend   None or "auto", "cpu", "cuda", "torch"
 
-    ``forward(x, residual=None, return_sum=False)``: x, residual [..., *normalized_shape] -> y, or (y, s) with
-    s = residual + dropout(x), which a pre-norm block adds its next branch to. state_dict is that of torch's layer.
+    ``forward(input, residual=None, return_sum=False)``: input, residual [..., *normalized_shape] -> y, or (y, s) with
+    s = residual + dropout(input), which a pre-norm block adds its next branch to. state_dict is that of torch's layer.
 
     >>> import torch, fastdl
     >>> norm = fastdl.nn.LayerNorm(8)
@@ -81,8 +88,10 @@ class LayerNorm(_Fused, nn.LayerNorm):
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
         self.dropout, self.backend = dropout, backend
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, return_sum: bool = False):
-        return self._run(layer_norm, x, residual, return_sum, self.weight, self.bias, eps=self.eps)
+    def forward(self, input: Tensor, residual: Tensor | None = None, return_sum: bool = False):
+        if self._torchs(input, residual, return_sum):
+            return super().forward(input)
+        return self._run(layer_norm, input, residual, return_sum, self.weight, self.bias, eps=self.eps)
 
 
 class RMSNorm(_Fused, nn.RMSNorm):
@@ -115,6 +124,8 @@ class RMSNorm(_Fused, nn.RMSNorm):
         self.weight_offset, self.dropout, self.backend = weight_offset, dropout, backend
 
     def forward(self, x: Tensor, residual: Tensor | None = None, return_sum: bool = False):
+        if self._torchs(x, residual, return_sum):
+            return super().forward(x)
         eps = self.eps
         if eps is None:  # as torch's
             eps = torch.finfo(x.dtype if isinstance(x, Tensor) and x.is_floating_point() else torch.float32).eps

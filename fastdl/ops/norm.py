@@ -11,20 +11,23 @@ Gradients to x, residual, weight and bias; twice (statistics are recomputed from
 Back ends: cpu (csrc/cpu/norm*.cpp), cuda (csrc/cuda/norm*.cuh), triton (kernels/norm.py), torch
 (fastdl/reference/norm.py). What they refuse:
 
-    | back end          | refuses                | because                             |
-    | cpu, cuda, triton | float64                | its kernels accumulate in float32   |
+    | back end          | refuses                | because                              |
+    | cpu, cuda, triton | float64                | its kernels accumulate in float32    |
+    | cpu, cuda, triton | torch.func, forward AD | kernels have no rules for transforms |
 
-Under CUDA autocast layer_norm computes in float32, as torch's does. Test: ``pytest tests/test_norm.py``; benchmark:
-``pytest bench/bench_norm.py``.
+Under CUDA autocast an op computes in float32 where torch's own does (rms_norm: from some version on).
+Test: ``pytest tests/test_norm.py``; benchmark: ``pytest bench/bench_norm.py``.
 """
 
 from __future__ import annotations
+
+import numbers
 
 import torch
 from torch import Tensor
 
 from .. import backend as backends
-from .._library import Op, gradient_of, triton_twin, twin_of
+from .._library import Op, gradient_of, transformed, triton_twin, twin_of
 from ..reference import norm as reference
 
 __all__ = ["layer_norm", "rms_norm"]
@@ -111,6 +114,19 @@ for _room in ("layer_norm", "rms_norm"):
     backends.register_room(_room, {"cpu": _refuse, "cuda": _refuse, "triton": _refuse})
 
 
+_IN_A_TRANSFORM = dict.fromkeys(
+    ("cpu", "cuda", "triton"),
+    "kernels have no rules for torch.func's transforms and forward-mode AD; use backend='torch'",
+)
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat, numbers.Real)
+_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
+# Whether CUDA autocast runs torch's own op in float32: rms_norm was added to its list later than layer_norm.
+_WIDENED = {
+    room: torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{room}", "AutocastCUDA")
+    for room in ("layer_norm", "rms_norm")
+}
+
+
 def layer_norm(
     x: Tensor,
     weight: Tensor | None = None,
@@ -180,13 +196,14 @@ def rms_norm(
 
 
 def _norm(room, x, residual, weight, bias, p, eps, offset, return_sum, backend):
-    _check(x, residual, weight, bias, p, eps)
-    if room == "layer_norm" and x.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
-        x = x.to(torch.promote_types(x.dtype, torch.float32))  # what autocast does to torch's layer_norm
+    _check(x, residual, weight, bias, p, eps, offset)
+    if x.device.type == "cuda" and _WIDENED[room] and torch.is_autocast_enabled("cuda"):
+        x = x.to(torch.promote_types(x.dtype, torch.float32))  # what autocast does to torch's op
     if residual is not None and residual.dtype != x.dtype:
         dtype = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(dtype), residual.to(dtype)
-    chosen = backends.choose(room, backend, device=x.device, dtype=x.dtype)
+    refusals = _IN_A_TRANSFORM if transformed() else None
+    chosen = backends.choose(room, backend, device=x.device, dtype=x.dtype, refusals=refusals)
     if chosen != "torch":
         weight, bias = _parameters(x, weight, bias)
     seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=x.device) if p > 0 else None
@@ -204,11 +221,14 @@ def _parameters(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[
     return weight, bias
 
 
-def _check(x, residual, weight, bias, p, eps) -> None:
+def _check(x, residual, weight, bias, p, eps, offset) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
-    if not x.is_floating_point() or x.layout != torch.strided:
-        raise TypeError(f"x: expected a dense floating point tensor, got {x.dtype}, layout {x.layout}")
+    if x.dtype not in _DTYPES or x.layout != torch.strided or x.is_nested:
+        kind = "nested" if x.is_nested else f"layout {x.layout}"
+        raise TypeError(
+            f"x: expected a dense floating point tensor of 16, 32 or 64 bits, got {x.dtype}, {kind}; convert it first"
+        )
     shape, device = x.shape, x.device
     if not shape or shape[-1] == 0:
         raise ValueError(f"x: expected shape [..., cols] with cols of at least 1, got {tuple(shape)}")
@@ -219,8 +239,8 @@ def _check(x, residual, weight, bias, p, eps) -> None:
     ):
         if value is None:
             continue
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.layout != torch.strided:
+            got = f"{value.dtype}, layout {value.layout}" if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"{name}: expected a floating point tensor or None, got {got}")
         if value.shape != expected:
             raise ValueError(
@@ -228,6 +248,9 @@ def _check(x, residual, weight, bias, p, eps) -> None:
             )
         if value.device != device:
             raise ValueError(f"{name}: expected the device of x, {device}, got {value.device}; move one to the other")
+    for name, value in (("eps", eps), ("dropout_p", p), ("weight_offset", offset)):
+        if type(value) is not float and not isinstance(value, _NUMBERS):
+            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if not eps > 0:
         raise ValueError(f"eps: expected a number > 0, got {eps}")
     if not 0 <= p <= 1:
