@@ -1,6 +1,7 @@
 """Drop-in modules, one file a room."""
 
+from .activation import Activation, GatedMLP
 from .norm import LayerNorm, RMSNorm
 from .quant_matmul import QuantEmbedding, QuantLinear
 
-__all__ = ["LayerNorm", "QuantEmbedding", "QuantLinear", "RMSNorm"]
+__all__ = ["Activation", "GatedMLP", "LayerNorm", "QuantEmbedding", "QuantLinear", "RMSNorm"]
