@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from . import backend as backends
 from ._patterns import select
+from ._swap_gated import GatedByProbe, is_gated, plan_gated
+from .nn.activation import GatedMLP
 from .nn.norm import LayerNorm, RMSNorm
 from .ops.norm import rms_norm
 
@@ -141,14 +143,20 @@ def _plan_rms_norm(layer: nn.Module) -> tuple[type, dict] | str:
     for offset in (0.0, 1.0):
         y = rms_norm(x, weight.detach(), eps=_epsilon(layer), weight_offset=offset, backend="torch")
         if isinstance(expected, Tensor) and torch.allclose(y.float(), expected.float(), rtol=limit, atol=limit):
-            return _subclass(type(layer)), {"_fastdl_rms_norm": (offset, promotes)}
+            return _subclass(_RMSNormByProbe, type(layer)), {"_fastdl_rms_norm": (offset, promotes)}
     return "does not compute an RMS norm (checked on a probe)"
+
+
+def _plan_gated(layer: nn.Module) -> tuple[type, dict] | str:
+    found = plan_gated(layer)
+    return found if isinstance(found, str) else (_subclass(GatedByProbe, type(layer)), found)
 
 
 RULES = [
     _torch_rule("layer_norm", LayerNorm, nn.LayerNorm),
     _torch_rule("rms_norm", RMSNorm, nn.RMSNorm),
     Rule("rms_norm", _is_rms_norm, _plan_rms_norm),
+    Rule("swiglu", is_gated, _plan_gated),
 ]
 
 # What turns off the inference fast paths of torch's modules, which would not call the layers inside them.
@@ -158,23 +166,25 @@ _SLOW = {
 }
 
 # Subclasses of other packages' layers are made on demand, once, and found again by name when a model is unpickled.
-_made: dict[type, type] = {}
+_made: dict[tuple[type, type], type] = {}
+_MIXINS = {"FusedNorm": _RMSNormByProbe, "FusedGated": GatedByProbe}
 
 
-def _subclass(original: type) -> type:
-    if original not in _made:
-        name = f"Fused:{original.__module__.replace('.', '/')}:{original.__qualname__.replace('.', '/')}"
-        _made[original] = type(name, (_RMSNormByProbe, original), {"__module__": __name__, "__qualname__": name})
-    return _made[original]
+def _subclass(mixin: type, original: type) -> type:
+    if (mixin, original) not in _made:
+        word = next(word for word, kind in _MIXINS.items() if kind is mixin)
+        name = f"{word}:{original.__module__.replace('.', '/')}:{original.__qualname__.replace('.', '/')}"
+        _made[mixin, original] = type(name, (mixin, original), {"__module__": __name__, "__qualname__": name})
+    return _made[mixin, original]
 
 
 def __getattr__(name: str) -> type:
-    if name.startswith("Fused:"):
-        _, module, qualname = name.split(":")
-        found = importlib.import_module(module.replace("/", "."))
-        for part in qualname.split("/"):
+    word, *path = name.split(":")
+    if word in _MIXINS and len(path) == 2:
+        found = importlib.import_module(path[0].replace("/", "."))
+        for part in path[1].split("/"):
             found = getattr(found, part)
-        return _subclass(found)
+        return _subclass(_MIXINS[word], found)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -194,7 +204,8 @@ def accelerate(
     exclude  names to leave out
     backend  back end for the swapped layers; None: the automatic choice at each call
 
-    Known are torch's LayerNorm and RMSNorm, and RMS norms of Hugging Face models, which are checked on a probe input.
+    Known are torch's LayerNorm and RMSNorm, and RMS norms and gated MLPs (SwiGLU, GEGLU) of Hugging Face models, which
+    are checked on a probe input; of an MLP the product between its linear layers is fused.
     A layer that stands at several places has all their names: it is taken where one matches ``only`` and none matches
     ``exclude``. torch's TransformerEncoder and its layers lose their inference fast path when a layer inside is
     swapped, because it would not be called; what padded positions hold is then, as in training, not zero.
@@ -295,7 +306,7 @@ def _plan(module: nn.Module, rule: Rule, selected: bool, backend: str | None) ->
     """What to change, or why not."""
     if _MARK in vars(module):
         return "swapped already"
-    if isinstance(module, (LayerNorm, RMSNorm)):
+    if isinstance(module, (LayerNorm, RMSNorm, GatedMLP)):
         return "is a fused layer"
     if not selected:
         return "excluded"
