@@ -70,7 +70,8 @@ class Op:
     reference  the torch twin: takes the op's arguments, runs on any device, made of torch's differentiable operations
     triton     the same from Triton kernels; None where the room has none
 
-    ``OP["native"](...)`` calls a twin; :func:`twin_of` names the one for a back end.
+    ``OP["native"](...)`` calls a twin; :func:`twin_of` names the one for a back end. An Op without :meth:`autograd` is
+    for calls that need no gradient.
     """
 
     def __init__(
@@ -142,6 +143,10 @@ class Op:
                 return op(*arguments)
             if functorch_active() or forward_ad._current_level >= 0:
                 return self._reference(*arguments)
+            wanted = self._gradient is not None and is_grad_enabled()
+            if not wanted and wrap is None:  # whatever kind of tensor: the dispatcher sorts it out
+                with BelowAutograd():
+                    return plain(*arguments)
             differentiable = False
             for a in arguments:
                 kind = type(a)
@@ -149,7 +154,7 @@ class Op:
                     differentiable = differentiable or a.requires_grad
                 elif isinstance(a, Tensor):
                     return op(*arguments)  # subclasses and compilers' tensors go through the dispatcher
-            if differentiable and is_grad_enabled():
+            if differentiable and wanted:
                 return Differentiable.apply(*arguments)
             with BelowAutograd():
                 return plain(*arguments)

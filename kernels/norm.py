@@ -23,7 +23,7 @@ from ._common import Case, as_rows, capability, case, dropout, dropout_scale, on
 from .configs import block_for, blocks, config
 from .norm_backward import norm_backward
 
-__all__ = ["compile_cases", "norm_backward", "norm_forward"]
+__all__ = ["compile_cases", "norm_backward", "norm_forward", "norm_inference"]
 
 # In the helpers row is int64 [ROWS, 1], col [1, BLOCK], mask [ROWS, BLOCK]; tiles are float32.
 
@@ -130,6 +130,12 @@ def norm_forward(x, residual, weight, bias, seed, p, eps, offset, rms) -> tuple[
             c = config("norm_forward_stream", cc, block)
             forward_stream[(rows,)](*tensors, *scalars, BLOCK=block, **c.options)
     return y, s, mean, rstd
+
+
+def norm_inference(x, residual, weight, bias, eps, offset, rms, need_sum) -> tuple[Tensor, Tensor]:
+    """Arguments and results: fastdl/reference/norm.py. Writes s and the statistics all the same."""
+    y, s, _, _ = norm_forward(x, residual, weight, bias, None, 0.0, eps, offset, rms)
+    return y, (s if need_sum else x.new_empty(0))
 
 
 def compile_cases(cc: int) -> Iterator[Case]:

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from fastdl import BackendError, explain, ops
-from fastdl.ops.norm import BACKWARD, FORWARD
+from fastdl.ops.norm import BACKWARD, FORWARD, INFERENCE
 from fastdl.reference import norm as reference
 from fastdl.reference import philox
-from fastdl.testing import check
+from fastdl.testing import check, poisoned
 
 F = torch.nn.functional
 # Odd, one element, one row, zero rows; widths that take each kernel: one warp, a block, a stream.
@@ -74,6 +74,22 @@ def test_wide_rows(lane, shape, kind):
         (x, residual, weight, bias),
         peer=lambda x, r, w, b: torch_norm(kind, x, w, b if kind == "layer" else None, residual=r),
     )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cols", [7, 72, 1100, 5003, 17408])
+def test_inference_gives_the_same_bits(lane, cols, kind):
+    """Without gradients another op runs, which stores neither statistics nor, unless asked for, the sum."""
+    for dtype in lane.dtypes[:2]:
+        x, residual, weight, bias = make((3, cols), dtype, lane.device)
+        for beside in (None, residual):
+            options = {"residual": beside, "backend": lane.backend}
+            trained = run(kind, x, weight, bias, return_sum=True, **options)
+            with torch.no_grad(), poisoned():
+                both = run(kind, x, weight, bias, return_sum=True, **options)
+                alone = run(kind, x, weight, bias, **options)
+            for ours, theirs in ((both[0], trained[0]), (both[1], trained[1]), (alone, trained[0])):
+                assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("given", GIVEN, ids="-".join)
@@ -241,6 +257,7 @@ def test_opcheck(lane):
     op = getattr(torch.ops, FORWARD.twins()[name].split("::")[0])
     forward = getattr(op, FORWARD.twins()[name].split("::")[1]).default
     backward = getattr(op, BACKWARD.twins()[name].split("::")[1]).default
+    inference = getattr(op, INFERENCE.twins()[name].split("::")[1]).default
     for rms, with_seed in itertools.product((False, True), repeat=2):
         arguments = (x, residual, weight, bias, seed if with_seed else None, 0.3 if with_seed else 0.0, 1e-5, 0.0, rms)
         torch.library.opcheck(forward, arguments)
@@ -251,6 +268,7 @@ def test_opcheck(lane):
         )
         torch.library.opcheck(forward, (x.requires_grad_(), None, None, None, None, 0.0, 1e-5, 0.0, rms))
         x = x.detach()
+        torch.library.opcheck(inference, (x, residual, weight, bias, 1e-5, 0.0, rms, with_seed))
 
 
 def test_compile(lane):

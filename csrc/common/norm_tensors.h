@@ -10,6 +10,7 @@
 
 namespace fastdl {
 
+using TwoTensors = std::tuple<Tensor, Tensor>;
 using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 // weight and bias: contiguous, of one dtype, which is that of x or float32.
@@ -38,18 +39,21 @@ struct NormParameters {
 struct NormForwardTensors {
   Rows x, residual;  // residual: x where there is none
   NormParameters parameters;
-  Tensor y, s, mean, rstd;
-  bool plain;  // no residual, no dropout: s is x
+  Tensor y, s;
+  OptionalTensor mean, rstd;  // none in inference
+  bool plain;                 // no residual, no dropout: s is x
 
+  // keep: s and the statistics, for a backward pass; without it s only where `sum` asks for it
   NormForwardTensors(const Tensor& x_, const OptionalTensor& residual_, const OptionalTensor& weight,
-                     const OptionalTensor& bias, const OptionalTensor& seed, bool rms)
+                     const OptionalTensor& bias, const OptionalTensor& seed, bool rms, bool keep, bool sum)
       : x(checked(x_)),
         residual(residual_ ? like(x_, *residual_) : x),
         parameters(x_, weight, bias),
         plain(!residual_ && !seed) {
     const std::vector<int64_t> shape = shape_of(x_), rows(shape.begin(), shape.end() - 1), none{0};
     y = new_tensor(x_, shape, x_.scalar_type());
-    s = new_tensor(x_, plain ? none : shape, x_.scalar_type());
+    s = new_tensor(x_, plain || !(keep || sum) ? none : shape, x_.scalar_type());
+    if (!keep) return;
     mean = new_tensor(x_, rms ? none : rows, ScalarType::Float);
     rstd = new_tensor(x_, rows, ScalarType::Float);
   }

@@ -30,18 +30,19 @@ int team(int64_t rows, int64_t cols) {
   return rows * cols < ALONE ? 1 : static_cast<int>(std::min<int64_t>(thread_count(), rows));
 }
 
-FourTensors norm_forward(const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
-                         const OptionalTensor& bias, const OptionalTensor& seed, double p, double eps, double offset,
-                         bool rms) {
+// Both forward ops: writes t's outputs.
+void run_forward(const NormForwardTensors& t, const Tensor& x, const OptionalTensor& residual,
+                 const OptionalTensor& seed, double p, double eps, double offset, bool rms) {
   const int format = float_format(x, "x: expected float32, float16 or bfloat16");
-  const NormForwardTensors t(x, residual, weight, bias, seed, rms);
   NormForwardArgs a{};
   a.x = t.x.tensor.const_data_ptr();
   a.residual = residual ? t.residual.tensor.const_data_ptr() : nullptr;
   a.y = t.y.mutable_data_ptr();
-  a.s = t.plain ? nullptr : t.s.mutable_data_ptr();
-  a.mean = rms ? nullptr : static_cast<float*>(t.mean.mutable_data_ptr());
-  a.rstd = static_cast<float*>(t.rstd.mutable_data_ptr());
+  a.s = t.s.numel() > 0 ? t.s.mutable_data_ptr() : nullptr;
+  a.mean = t.mean && !rms ? static_cast<float*>(t.mean->mutable_data_ptr()) : nullptr;
+  a.rstd = t.rstd ? static_cast<float*>(t.rstd->mutable_data_ptr()) : nullptr;
+  a.rms = rms;
+  a.plain = t.plain;
   a.cols = t.x.cols;
   a.x_stride = t.x.stride;
   a.residual_stride = t.residual.stride;
@@ -68,7 +69,21 @@ FourTensors norm_forward(const Tensor& x, const OptionalTensor& residual, const 
     const Range part = range(rows, thread, team);
     kernels.forward(a, part.begin, part.end, reinterpret_cast<float*>(scratch.data + thread * row_bytes));
   });
-  return {t.y, t.s, t.mean, t.rstd};
+}
+
+FourTensors norm_forward(const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
+                         const OptionalTensor& bias, const OptionalTensor& seed, double p, double eps, double offset,
+                         bool rms) {
+  const NormForwardTensors t(x, residual, weight, bias, seed, rms, true, true);
+  run_forward(t, x, residual, seed, p, eps, offset, rms);
+  return {t.y, t.s, *t.mean, *t.rstd};
+}
+
+TwoTensors norm_inference(const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
+                          const OptionalTensor& bias, double eps, double offset, bool rms, bool sum) {
+  const NormForwardTensors t(x, residual, weight, bias, std::nullopt, rms, false, sum);
+  run_forward(t, x, residual, std::nullopt, 0.0, eps, offset, rms);
+  return {t.y, t.s};
 }
 
 // How many parts the sums over rows are kept in: at least 16 rows each, at most 64 parts and 16 MB.
@@ -142,6 +157,7 @@ FourTensors norm_backward(const Tensor& grad, const OptionalTensor& grad_sum, co
 
 STABLE_TORCH_LIBRARY_IMPL(fastdl, CPU, m) {
   m.impl("norm_forward", TORCH_BOX(&norm_forward));
+  m.impl("norm_inference", TORCH_BOX(&norm_inference));
   m.impl("norm_backward", TORCH_BOX(&norm_backward));
 }
 

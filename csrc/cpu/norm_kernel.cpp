@@ -26,20 +26,24 @@ void forward(const NormForwardArgs& a, int64_t row0, int64_t row1, float* row) {
     vf sums[4] = {zero, zero, zero, zero};
     for_row(a.cols, [&](int64_t k, const auto& part, auto i) FASTDL_STEP {
       vf v = part.template load<T>(x + k);
-      if (s) {
+      if (!a.plain) {
         if (a.dropout) v = dropped(v, dropout(a.seed, r * a.cols + k, a.p, a.scale));
         if (residual) v = vadd(part.template load<T>(residual + k), v);
-        part.template store<T>(s + k, v);
-        if constexpr (sizeof(Element) < 4) v = part.template load<T>(s + k);  // y is the norm of what s says
+        if (s) part.template store<T>(s + k, v);
+        if constexpr (sizeof(Element) < 4) {  // y is the norm of what s says
+          Element rounded[LANES];
+          T::store(rounded, v);
+          v = T::load(rounded);
+        }
         v = part.keep(v);
       }
       vstore(row + k, v);
       sums[decltype(i)::value] = vadd(sums[decltype(i)::value], v);
     });
     float mean = 0.0f;
-    if (a.mean) {
+    if (!a.rms) {
       mean = total(sums) * width;
-      a.mean[r] = mean;
+      if (a.mean) a.mean[r] = mean;
     }
     const vf middle = vset1(mean);
     for (vf& sum : sums) sum = zero;
@@ -49,7 +53,7 @@ void forward(const NormForwardArgs& a, int64_t row0, int64_t row1, float* row) {
     });
     const float squares = total(sums);
     const float rstd = 1.0f / __builtin_sqrtf(squares * width + a.eps);
-    a.rstd[r] = rstd;
+    if (a.rstd) a.rstd[r] = rstd;
     const vf factor = vset1(rstd);
     for_row(a.cols, [&](int64_t k, const auto& part, auto) FASTDL_STEP {
       const vf h = vmul(vsub(vload(row + k), middle), factor);

@@ -14,14 +14,14 @@ struct NormForwardArgs {
   const float* weight;   // [cols], the offset added, or null
   const float* bias;     // [cols], or null
   void* y;               // [rows][cols]
-  void* s;               // [rows][cols], or null where s is x
-  float* mean;           // [rows], or null: RMS norm
-  float* rstd;           // [rows]
+  void* s;               // [rows][cols], or null where nobody asks for it
+  float* mean;           // [rows], or null
+  float* rstd;           // [rows], or null
   int64_t cols, x_stride, residual_stride;
   uint64_t seed;
-  float p, scale, eps;  // scale: 1 / (1 - p)
-  int format;           // Format number of x, residual, y, s
-  bool dropout;
+  float p, scale, eps;       // scale: 1 / (1 - p)
+  int format;                // Format number of x, residual, y, s
+  bool rms, plain, dropout;  // plain: s is x
 };
 
 struct NormBackwardArgs {

@@ -1,4 +1,4 @@
-// fastdl::norm_forward, fastdl::norm_backward, CUDA key: checks, allocation, launches. Contract: fastdl/ops/norm.py.
+// fastdl::norm_forward, norm_inference, norm_backward, CUDA key: checks, allocation, launches. Contract: fastdl/ops/norm.py.
 #include "common/norm_tensors.h"
 #include "cuda/norm_backward.cuh"
 #include "cuda/wrapper.h"
@@ -6,11 +6,10 @@
 namespace fastdl::cuda {
 namespace {
 
-FourTensors norm_forward(const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
-                         const OptionalTensor& bias, const OptionalTensor& seed, double p, double eps, double offset,
-                         bool rms) {
+// Both forward ops: writes t's outputs.
+void run_forward(const NormForwardTensors& t, const Tensor& x, const OptionalTensor& residual,
+                 const OptionalTensor& seed, double p, double eps, double offset, bool rms) {
   const Device device(x);
-  const NormForwardTensors t(x, residual, weight, bias, seed, rms);
   for_float_type(x, "x", [&](auto type) {
     using T = decltype(type);
     NormForward<T> a{};
@@ -20,9 +19,9 @@ FourTensors norm_forward(const Tensor& x, const OptionalTensor& residual, const 
     a.bias = pointer(t.parameters.bias);
     a.seed = seed_pointer(x, seed);
     a.y = output<T>(t.y);
-    a.s = t.plain ? nullptr : output<T>(t.s);
-    a.mean = rms ? nullptr : output<float>(t.mean);
-    a.rstd = output<float>(t.rstd);
+    a.s = t.s.numel() > 0 ? output<T>(t.s) : nullptr;
+    a.mean = t.mean && !rms ? output<float>(*t.mean) : nullptr;
+    a.rstd = t.rstd ? output<float>(*t.rstd) : nullptr;
     a.rows = t.x.count;
     a.cols = t.x.cols;
     a.x_stride = t.x.stride;
@@ -30,11 +29,29 @@ FourTensors norm_forward(const Tensor& x, const OptionalTensor& residual, const 
     a.p = static_cast<float>(p);
     a.scale = keep_scale(p);
     a.eps = static_cast<float>(eps);
-    a.offset = weight ? static_cast<float>(offset) : 0.0f;
+    a.offset = t.parameters.weight ? static_cast<float>(offset) : 0.0f;
     a.float_parameters = t.parameters.is_float;
+    a.rms = rms;
+    a.plain = t.plain;
     check_launch("norm_forward", norm_forward_launch(a, device.stream()));
   });
-  return {t.y, t.s, t.mean, t.rstd};
+}
+
+FourTensors norm_forward(const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
+                         const OptionalTensor& bias, const OptionalTensor& seed, double p, double eps, double offset,
+                         bool rms) {
+  const Device device(x);
+  const NormForwardTensors t(x, residual, weight, bias, seed, rms, true, true);
+  run_forward(t, x, residual, seed, p, eps, offset, rms);
+  return {t.y, t.s, *t.mean, *t.rstd};
+}
+
+TwoTensors norm_inference(const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
+                          const OptionalTensor& bias, double eps, double offset, bool rms, bool sum) {
+  const Device device(x);
+  const NormForwardTensors t(x, residual, weight, bias, std::nullopt, rms, false, sum);
+  run_forward(t, x, residual, std::nullopt, 0.0, eps, offset, rms);
+  return {t.y, t.s};
 }
 
 FourTensors norm_backward(const Tensor& grad, const OptionalTensor& grad_sum, const Tensor& s,
@@ -80,6 +97,7 @@ FourTensors norm_backward(const Tensor& grad, const OptionalTensor& grad_sum, co
 
 FASTDL_CUDA_LIBRARY(m) {
   m.impl("norm_forward", TORCH_BOX(&norm_forward));
+  m.impl("norm_inference", TORCH_BOX(&norm_inference));
   m.impl("norm_backward", TORCH_BOX(&norm_backward));
 }
 

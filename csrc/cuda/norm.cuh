@@ -23,12 +23,13 @@ struct NormForward {
   const void* bias;     // [cols] of the same type, or null
   const int64_t* seed;  // [1] on the device, or null: no dropout
   T* y;                 // [rows, cols]
-  T* s;                 // [rows, cols], or null where s is x
-  float* mean;          // [rows], or null: RMS norm
-  float* rstd;          // [rows]
+  T* s;                 // [rows, cols], or null where nobody asks for it
+  float* mean;          // [rows], or null
+  float* rstd;          // [rows], or null
   int64_t rows, cols, x_stride, residual_stride;
   float p, scale, eps, offset;  // offset: 0 without a weight
   bool float_parameters;        // weight and bias are float32
+  bool rms, plain;              // plain: s is x
 };
 
 // weight + offset and bias at columns [col, col + N); 1 and 0 where there are none.
@@ -50,7 +51,7 @@ template <int N, class T>
 __device__ __forceinline__ void norm_sum(const NormForward<T>& a, int64_t row, int64_t col, uint64_t seed,
                                          float (&s)[N]) {
   load<N>(a.x + row * a.x_stride + col, s);
-  if (a.s == nullptr) return;
+  if (a.plain) return;
   if (a.seed) {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
@@ -66,7 +67,18 @@ __device__ __forceinline__ void norm_sum(const NormForward<T>& a, int64_t row, i
   }
 #pragma unroll
   for (int i = 0; i < N; ++i) s[i] = to_float(from_float<T>(s[i]));
-  store<N>(a.s + row * a.cols + col, s);
+  if (a.s) store<N>(a.s + row * a.cols + col, s);
+}
+
+// The same a second time: from s where it was stored.
+template <int N, class T>
+__device__ __forceinline__ void norm_again(const NormForward<T>& a, int64_t row, int64_t col, uint64_t seed,
+                                           float (&s)[N]) {
+  if (a.s) {
+    load<N>(a.s + row * a.cols + col, s);
+  } else {
+    norm_sum<N>(a, row, col, seed, s);
+  }
 }
 
 template <int N, class T>
@@ -84,7 +96,7 @@ template <class T>
 __device__ __forceinline__ void norm_statistics(const NormForward<T>& a, int64_t row, float mean, float rstd) {
   if (threadIdx.x == 0) {
     if (a.mean) a.mean[row] = mean;
-    a.rstd[row] = rstd;
+    if (a.rstd) a.rstd[row] = rstd;
   }
 }
 
@@ -109,7 +121,7 @@ __global__ void __launch_bounds__(Threads < 128 ? 128 : Threads) norm_forward_ro
 #pragma unroll
     for (int i = 0; i < N; ++i) sum += s[c][i];
   }
-  const float mean = a.mean ? block_sum<Threads>(sum) / static_cast<float>(a.cols) : 0.0f;
+  const float mean = !a.rms ? block_sum<Threads>(sum) / static_cast<float>(a.cols) : 0.0f;
   float squares = 0.0f;
 #pragma unroll
   for (int c = 0; c < Chunks; ++c) {
@@ -132,23 +144,22 @@ __global__ void __launch_bounds__(Threads) norm_forward_stream(NormForward<T> a)
   const int64_t row = blockIdx.x, step = static_cast<int64_t>(Threads) * N,
                 first = static_cast<int64_t>(threadIdx.x) * N;
   const uint64_t seed = a.seed ? static_cast<uint64_t>(*a.seed) : 0;
-  const T* again = a.s ? a.s + row * a.cols : a.x + row * a.x_stride;
   float sum = 0.0f, squares = 0.0f, s[N];
   for (int64_t col = first; col < a.cols; col += step) {
     norm_sum<N>(a, row, col, seed, s);
 #pragma unroll
     for (int i = 0; i < N; ++i) sum += s[i];
   }
-  const float mean = a.mean ? block_sum<Threads>(sum) / static_cast<float>(a.cols) : 0.0f;
+  const float mean = !a.rms ? block_sum<Threads>(sum) / static_cast<float>(a.cols) : 0.0f;
   for (int64_t col = first; col < a.cols; col += step) {
-    load<N>(again + col, s);
+    norm_again<N>(a, row, col, seed, s);
 #pragma unroll
     for (int i = 0; i < N; ++i) squares += (s[i] - mean) * (s[i] - mean);
   }
   const float rstd = rsqrtf(block_sum<Threads>(squares) / static_cast<float>(a.cols) + a.eps);
   norm_statistics(a, row, mean, rstd);
   for (int64_t col = first; col < a.cols; col += step) {
-    load<N>(again + col, s);
+    norm_again<N>(a, row, col, seed, s);
     norm_finish<N>(a, row, col, mean, rstd, s);
   }
 }

@@ -44,6 +44,10 @@ def _fake_forward(x, residual, weight, bias, seed, p, eps, offset, rms):
     )
 
 
+def _fake_inference(x, residual, weight, bias, eps, offset, rms, need_sum):
+    return x.new_empty(x.shape), x.new_empty(x.shape if need_sum and residual is not None else 0)
+
+
 def _fake_backward(
     grad, grad_sum, s, weight, mean, rstd, seed, p, eps, offset, rms, need_weight, need_bias
 ):  # fmt: skip
@@ -62,6 +66,13 @@ FORWARD = Op(
     fake=_fake_forward,
     reference=reference.norm_forward,
     triton=triton_twin("norm", "norm_forward"),
+)
+INFERENCE = Op(  # where no gradient is asked for: nothing is written that only a backward pass reads
+    "norm_inference(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, float offset, bool rms, "
+    "bool need_sum) -> (Tensor y, Tensor s)",
+    fake=_fake_inference,
+    reference=reference.norm_inference,
+    triton=triton_twin("norm", "norm_inference"),
 )
 BACKWARD = Op(
     "norm_backward(Tensor grad, Tensor? grad_sum, Tensor s, Tensor? weight, Tensor mean, Tensor rstd, Tensor? seed, "
@@ -206,15 +217,26 @@ def _norm(room, x, residual, weight, bias, p, eps, offset, return_sum, backend):
     chosen = backends.choose(room, backend, device=x.device, dtype=x.dtype, refusals=refusals)
     if chosen != "torch":
         weight, bias = _parameters(x, weight, bias)
+    twin, rms = twin_of(chosen, x.device), room == "rms_norm"
+    if p == 0 and refusals is None and not _needs_gradient(x, residual, weight, bias):
+        y, s = INFERENCE[twin](x, residual, weight, bias, eps, offset, rms, return_sum)
+        return (y, x if residual is None else s) if return_sum else y
     seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=x.device) if p > 0 else None
-    y, s, _, _ = FORWARD[twin_of(chosen, x.device)](x, residual, weight, bias, seed, p, eps, offset, room == "rms_norm")
+    y, s, _, _ = FORWARD[twin](x, residual, weight, bias, seed, p, eps, offset, rms)
     if not return_sum:
         return y
     return y, (x if residual is None and seed is None else s)
 
 
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def _parameters(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """The kernels read weight and bias of one dtype: that of x, or float32."""
+    dtype = x.dtype
+    if (weight is None or weight.dtype == dtype) and (bias is None or bias.dtype == dtype):
+        return weight, bias
     dtypes = {t.dtype for t in (weight, bias) if t is not None}
     if len(dtypes) > 1 or not dtypes <= {x.dtype, torch.float32}:
         weight, bias = (None if t is None else t.float() for t in (weight, bias))
@@ -232,22 +254,13 @@ def _check(x, residual, weight, bias, p, eps, offset) -> None:
     shape, device = x.shape, x.device
     if not shape or shape[-1] == 0:
         raise ValueError(f"x: expected shape [..., cols] with cols of at least 1, got {tuple(shape)}")
-    for name, value, expected in (
-        ("weight", weight, shape[-1:]),
-        ("bias", bias, shape[-1:]),
-        ("residual", residual, shape),
-    ):
-        if value is None:
-            continue
-        if not isinstance(value, Tensor) or not value.is_floating_point() or value.layout != torch.strided:
-            got = f"{value.dtype}, layout {value.layout}" if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"{name}: expected a floating point tensor or None, got {got}")
-        if value.shape != expected:
-            raise ValueError(
-                f"{name}: expected shape {tuple(expected)} for x of shape {tuple(shape)}, got {tuple(value.shape)}"
-            )
-        if value.device != device:
-            raise ValueError(f"{name}: expected the device of x, {device}, got {value.device}; move one to the other")
+    cols = (shape[-1],)
+    if weight is not None:
+        _check_like("weight", weight, cols, shape, device)
+    if bias is not None:
+        _check_like("bias", bias, cols, shape, device)
+    if residual is not None:
+        _check_like("residual", residual, shape, shape, device)
     for name, value in (("eps", eps), ("dropout_p", p), ("weight_offset", offset)):
         if type(value) is not float and not isinstance(value, _NUMBERS):
             raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
@@ -255,3 +268,15 @@ def _check(x, residual, weight, bias, p, eps, offset) -> None:
         raise ValueError(f"eps: expected a number > 0, got {eps}")
     if not 0 <= p <= 1:
         raise ValueError(f"dropout_p: expected 0 <= p <= 1, got {p}")
+
+
+def _check_like(name: str, value: Tensor, expected: tuple[int, ...], shape: torch.Size, device: torch.device) -> None:
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.layout != torch.strided:
+        got = f"{value.dtype}, layout {value.layout}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name}: expected a floating point tensor or None, got {got}")
+    if value.shape != expected:
+        raise ValueError(
+            f"{name}: expected shape {tuple(expected)} for x of shape {tuple(shape)}, got {tuple(value.shape)}"
+        )
+    if value.device != device:
+        raise ValueError(f"{name}: expected the device of x, {device}, got {value.device}; move one to the other")

@@ -67,6 +67,22 @@ def norm_forward(
     return y.to(x.dtype).contiguous(), kept.contiguous(), mean, rstd
 
 
+def norm_inference(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    offset: float,
+    rms: bool,
+    need_sum: bool,
+) -> tuple[Tensor, Tensor]:
+    """norm_forward without dropout and without what only a backward pass reads -> y [..., cols], s [..., cols] ([0] where
+    s is x or not asked for)."""
+    y, s, _, _ = norm_forward(x, residual, weight, bias, None, 0.0, eps, offset, rms)
+    return y, (s if need_sum else x.new_empty(0))
+
+
 def norm_backward(
     grad: Tensor,
     grad_sum: Tensor | None,
