@@ -29,7 +29,7 @@ CPP := find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 # Stamps live in the environment, so that a second run asks pip nothing.
 STAMP := $(VENV)/.fastdl
 
-.PHONY: help run test build wheel sanitize triton-compile compile-all cuda-report bench lint format clean
+.PHONY: help run test build wheel sanitize triton-compile compile-all cuda-report gpu bench lint format clean
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 
@@ -53,6 +53,9 @@ sanitize: $(STAMP)-test ## the native kernels under the address and undefined-be
 
 triton-compile: $(STAMP)-test ## every Triton kernel and configuration, compiled for every architecture; needs no GPU
 	$(PY) tools/triton_compile.py
+
+gpu: ## on a machine with an NVIDIA GPU: build, GPU tests, compute-sanitizer, benchmarks; make gpu ROOM=norm
+	@$(PYTHON) tools/gpu.py $(if $(ROOM),--room "$(ROOM)")
 
 bench: $(STAMP)-bench ## benchmarks of every room against named peers
 	$(PY) -m pytest bench $(PYTEST_ARGS)

@@ -1,12 +1,13 @@
 """Room norm against torch's own ops: residual add + layer norm, layer norm alone forward and with its gradients.
 
-    pytest bench/bench_norm.py                    best level of this machine
-    FASTDL_ISA=avx2 pytest bench/bench_norm.py    a lower one
+    pytest bench/bench_norm.py -k "not gpu"                     best level of this machine
+    FASTDL_ISA=avx2 pytest bench/bench_norm.py -k "not gpu"     a lower one
+    pytest bench/bench_norm.py -k gpu                           the GPU: bench/norm_gpu.py has its sides
 
-Shapes are those of a transformer of width 768: 4096 rows (a batch in training) and 128 (a short prompt). Inputs are
-allocated once; outputs come from torch's allocator, as in a model. Every side is checked against float64 before it is
-timed. The share of the limit counts the bytes that the op must move (inputs and outputs once, and for the gradients
-grad and s again).
+On the CPU shapes are those of a transformer of width 768: 4096 rows (a batch in training) and 128 (a short prompt).
+Inputs are allocated once; outputs come from torch's allocator, as in a model. Every side is checked against float64
+before it is timed. The share of the limit counts the bytes that the op must move (inputs and outputs once, and for the
+gradients grad and s again).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 import fastdl
+from bench import norm_gpu
 from bench.accuracy import IncorrectResult, relative_error
 from bench.timing import calls_for, paired_ratio, seconds_per_call, spread, take_turns
 from fastdl import ops
@@ -101,3 +103,12 @@ def test_norm(benchmark, recorder, threads, rounds, kind, shape, dtype):
         },
     }  # fmt: skip
     recorder.add("norm", f"{level}/{kind}/{rows}x{cols}/{dtype}", record)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("shape", norm_gpu.SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
+@pytest.mark.parametrize("op", norm_gpu.OPS)
+@pytest.mark.parametrize("kind", norm_gpu.TENSORS_MOVED)
+def test_norm_on_gpu(benchmark, recorder, rounds, kind, op, shape):
+    record = norm_gpu.measure(kind, op, shape, rounds, recorder.gpu_limits["copy_gb_per_s"], benchmark)
+    recorder.add_gpu("norm", f"gpu/{op}/{kind}/{shape[0]}x{shape[1]}/bf16", record)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import hardware, limits, results
+from bench import gpu, hardware, limits, results
 from bench.peers import MissingPeer
 
 
@@ -36,8 +36,10 @@ class Recorder:
         self.machine = hardware.describe()
         self.threads = config.getoption("--threads")
         self.records: dict[str, dict[str, dict]] = {}
+        self.gpu_records: dict[str, dict[str, dict]] = {}
         self.peers: dict[str, str] = {}
         self._limits: dict | None = None
+        self._gpu_limits: dict | None = None
 
     @property
     def limits(self) -> dict[str, dict[str, float]]:
@@ -45,6 +47,25 @@ class Recorder:
         if self._limits is None:
             self._limits = limits.measure(self.threads)
         return self._limits
+
+    @property
+    def gpu_limits(self) -> dict[str, float]:
+        """Limits of the GPU, measured at the first use in this run."""
+        if self._gpu_limits is None:
+            self._gpu_limits = gpu.measure()
+        return self._gpu_limits
+
+    def add_gpu(self, bench: str, key: str, record: dict) -> None:
+        """The same as `add` for a figure of the GPU, which goes to a file named by the GPU."""
+        _ = self.gpu_limits
+        self.gpu_records.setdefault(bench, {})[key] = record
+
+    def sections(self) -> list[tuple[dict, str, dict[str, dict], dict | None]]:
+        """What was measured: (hardware, bench, its records, limits)."""
+        found = [(self.machine, bench, records, self._limits) for bench, records in self.records.items()]
+        machine = hardware.describe_gpu() if self.gpu_records else {}
+        limit = {"gpu": self._gpu_limits}
+        return found + [(machine, bench, records, limit) for bench, records in self.gpu_records.items()]
 
     def add(self, bench: str, key: str, record: dict) -> None:
         """bench: 'llm'; key: 'avx2/decode'; record: figures that JSON can hold. Limits of the run go with it."""
@@ -59,12 +80,11 @@ class Recorder:
             "threads": self.threads,
             "versions": hardware.versions(),
             "peers": self.peers,
-            "limits": self._limits,
         }
         written = []
-        for bench, records in self.records.items():
-            path = results.path_for(folder, self.machine, bench)
-            results.save(path, self.machine, now.strftime("%Y%m%dT%H%M%SZ"), run, records)
+        for machine, bench, records, limit in self.sections():
+            path = results.path_for(folder, machine, bench)
+            results.save(path, machine, now.strftime("%Y%m%dT%H%M%SZ"), run | {"limits": limit}, records)
             written.append(path)
         return written
 
@@ -108,12 +128,12 @@ def pytest_fixture_setup(fixturedef, request):
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     recorder = config.stash[RECORDER]
-    if not recorder.records:
+    if not recorder.records and not recorder.gpu_records:
         return
     from bench import report
 
-    for bench, records in recorder.records.items():
-        terminalreporter.section(f"{bench} on {hardware.slug(recorder.machine)}")
+    for machine, bench, records, _ in recorder.sections():
+        terminalreporter.section(f"{bench} on {hardware.slug(machine)}")
         for line in report.lines(bench, records):
             terminalreporter.write_line(line)
     if not config.getoption("--no-save"):

@@ -16,7 +16,16 @@ KERNEL_FLAGS = (
     "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16",
     "amx_tile", "amx_int8", "amx_bf16",
 )  # fmt: skip
-LIBRARIES = ("torch", "numpy", "transformers", "torchao", "llama-cpp-python", "pytest-benchmark")
+LIBRARIES = (
+    "torch",
+    "triton",
+    "numpy",
+    "transformers",
+    "torchao",
+    "llama-cpp-python",
+    "liger-kernel",
+    "pytest-benchmark",
+)
 LEVELS = ("amx", "avx512", "avx2")  # best first; "scalar" is no speed claim
 
 
@@ -106,8 +115,20 @@ def describe() -> dict:
     return cpu
 
 
+def describe_gpu(device: int = 0) -> dict:
+    """The hardware entry of a results file whose figures are those of a GPU; ``host`` is the machine around it."""
+    import torch
+
+    found = torch.cuda.get_device_properties(device)
+    return {
+        "model": found.name, "gpu": True, "compute_capability": f"{found.major}.{found.minor}",
+        "multiprocessors": found.multi_processor_count, "memory_bytes": found.total_memory,
+        "l2_bytes": found.L2_cache_size, "cuda": torch.version.cuda, "host": describe(),
+    }  # fmt: skip
+
+
 def slug(hardware: dict) -> str:
-    """Name of the hardware for file names: 'amd-epyc-avx512-2c'."""
+    """Name of the hardware for file names: 'amd-epyc-avx512-2c', 'nvidia-h100-80gb-hbm3'."""
     name = re.sub(r"\(r\)|\(tm\)|\bcpu\b|\bprocessor\b|@.*$", " ", hardware["model"].lower())
     name = re.sub(r"[^a-z0-9]+", "-", name).strip("-") or "cpu"
-    return f"{name}-{hardware['best_level']}-{hardware['cores']}c"
+    return name if hardware.get("gpu") else f"{name}-{hardware['best_level']}-{hardware['cores']}c"

@@ -25,6 +25,8 @@ def draw_all(found: dict[str, list[dict]], folder: Path) -> list[Path]:
     drawn = []
     for bench, contents in found.items():
         for content in contents:
+            if bench == "norm":
+                continue  # its table says all
             panels = llm_panels(content["records"]) if bench == "llm" else ratio_panels(content["records"])
             if panels:
                 drawn.append(draw(panels, f"{bench}: {content['name']}", folder / f"{content['name']}-{bench}.png"))

@@ -4,6 +4,7 @@
     python -m bench.report --readme README.md      ... and the README's tables, between its markers
     python -m bench.report --details     every record of every results file, as markdown
     python -m bench.report --plots       also draw bench/results/<hardware>-<bench>.png (needs matplotlib)
+    python -m bench.report --tables      also write bench/results/<hardware>-<bench>.md for every GPU
 
 Test: tests/test_bench.py
 """
@@ -21,6 +22,7 @@ NORM_KINDS = {
     "norm": "layer_norm forward",
     "norm_gradients": "layer_norm and its gradients",
 }
+GPU_NORM_KINDS = {"norm": "{} forward", "norm_backward": "{} backward", "add_norm": "residual add + {}"}
 LEVEL_NAMES = {"amx": "AMX", "avx512": "AVX-512", "avx2": "AVX2", "scalar": "scalar"}
 METRIC_NAMES = {"prefill": "prefill, 512 tokens", "decode": "decode, batch 1, 128 tokens"}
 
@@ -75,6 +77,8 @@ def pick(contents: list[dict], key: str) -> list[tuple[dict, dict]]:
 
 def machine_name(content: dict) -> str:
     machine = content["hardware"]
+    if machine.get("gpu"):
+        return machine["model"]
     return f"{machine['model']}, {machine['cores']} cores, {LEVEL_NAMES[machine['best_level']]}"
 
 
@@ -170,7 +174,8 @@ def norm_table(found: dict[str, list[dict]]) -> str:
     """layer_norm against torch's own ops, one row a kind of work, shape and dtype; the GPU's rows wait for one."""
     made = ["| layer_norm over torch's ops | must | aim | measured | on |", "| --- | --- | --- | --- | --- |"]
     measured = False
-    for content in found.get("norm", []):
+    cpus = [content for content in found.get("norm", []) if not content["hardware"].get("gpu")]
+    for content in cpus:
         for _, record in sorted(content["records"].items()):
             rows, cols = record["shape"]
             goal = goals.NORM[record["kind"]]
@@ -181,10 +186,29 @@ def norm_table(found: dict[str, list[dict]]) -> str:
     if not measured:
         made += [f"| {name} | {goals.NORM[kind].must} × | {goals.NORM[kind].aim} × | {NOT_MEASURED} | |"
                  for kind, name in NORM_KINDS.items()]  # fmt: skip
-    made.append(f"| on a GPU: forward, 8192 x 4096 and 32768 x 1024 bf16, share of the copy bandwidth | 85 % | 92 % | "
-                f"{NOT_MEASURED} | |")  # fmt: skip
-    made.append(f"| on a GPU: backward, and add + norm, share of the copy bandwidth | 70 % | 85 % | {NOT_MEASURED} | |")
-    return "\n".join(made)
+    return "\n".join(made + gpu_norm_rows(found))
+
+
+def gpu_norm_rows(found: dict[str, list[dict]]) -> list[str]:
+    """Rows of norm_table for GPUs: the better of the two back ends as a share of the copy bandwidth, and the peers."""
+    gpus = [content for content in found.get("norm", []) if content["hardware"].get("gpu")]
+    made = []
+    for content in gpus:
+        for _, record in sorted(content["records"].items()):
+            goal, (rows, cols) = goals.GPU_NORM[record["kind"]], record["shape"]
+            ours = {name: side for name, side in record["sides"].items() if name.startswith("fastdl")}
+            name, best = max(ours.items(), key=lambda item: item[1]["share_of_copy"])
+            over = "; ".join(f"{ratio['median']:.2f} × {peer}" for peer, ratio in best["speedup_over"].items())
+            cell = f"{best['share_of_copy']:.0%} ({name.removeprefix('fastdl ')}): "
+            cell += goal.verdict(best["share_of_copy"]) + (f"; {over}" if over else "")
+            what = f"{GPU_NORM_KINDS[record['kind']].format(record['op'])}, {rows} x {cols} {record['dtype']}"
+            made.append(f"| {what}, share of the copy bandwidth | {goal.must:.0%} | {goal.aim:.0%} | {cell} | "
+                        f"{machine_name(content)} |")  # fmt: skip
+    return made or [
+        f"| on a GPU: forward, 8192 x 4096 and 32768 x 1024 bf16, share of the copy bandwidth | 85 % | 92 % | "
+        f"{NOT_MEASURED} | |",
+        f"| on a GPU: backward, and add + norm, share of the copy bandwidth | 70 % | 85 % | {NOT_MEASURED} | |",
+    ]
 
 
 def write_readme(path: Path, found: dict[str, list[dict]]) -> None:
@@ -197,6 +221,8 @@ def write_readme(path: Path, found: dict[str, list[dict]]) -> None:
 
 
 def norm_lines(key: str, record: dict) -> list[str]:
+    if record["level"] == "gpu":
+        return gpu_lines(key, record)
     ours, theirs = record["sides"]["fastdl"], record["sides"]["torch"]
     return [
         f"- {key}: {times(record['ratio'])} torch, {ours['seconds']['median'] * 1e6:.1f} us and "
@@ -205,7 +231,32 @@ def norm_lines(key: str, record: dict) -> list[str]:
     ]
 
 
+def gpu_lines(key: str, record: dict) -> list[str]:
+    made = []
+    for name, side in record["sides"].items():
+        over = "; ".join(f"{times(ratio)} {peer}" for peer, ratio in side["speedup_over"].items())
+        made.append(
+            f"- {key}: {name}: {side['seconds']['median'] * 1e6:.1f} us, {side['gb_per_s']:,.0f} GB/s = "
+            f"{side['share_of_copy']:.0%} of the copy bandwidth, relative error {side['relative_error']:.1e}"
+            + (f"; {over}" if over else "")
+        )
+    return made + [f"- {key}: missing: {text}" for text in record["missing"]]
+
+
 LINES = {"llm": llm_lines, "quant_matmul": sides_lines, "decoder_block": sides_lines, "norm": norm_lines}
+
+
+def write_tables(folder: Path, found: dict[str, list[dict]]) -> list[Path]:
+    """A GPU's own table and details, <gpu>-<bench>.md beside its results file."""
+    written = []
+    for bench, contents in found.items():
+        for content in (content for content in contents if content["hardware"].get("gpu")):
+            head = ["| what | must | aim | measured | on |", "| --- " * 5 + "|"]
+            table = "\n".join([*head, *gpu_norm_rows({bench: [content]})])
+            path = folder / f"{content['name']}-{bench}.md"
+            path.write_text(f"# {bench} on {machine_name(content)}\n\n{table}\n\n{details({bench: [content]})}\n")
+            written.append(path)
+    return written
 
 
 def details(found: dict[str, list[dict]]) -> str:
@@ -218,7 +269,8 @@ def details(found: dict[str, list[dict]]) -> str:
                 made += [
                     f"Run {run_id}, commit {run['commit']}, {run['threads']} threads, {run['versions']}, {run['peers']}"
                 ]
-                made += [f"- limits, {count} threads: {values}" for count, values in (run["limits"] or {}).items()]
+                for count, values in (run["limits"] or {}).items():
+                    made += [f"- limits, {count if count == 'gpu' else f'{count} threads'}: {values}"]
             made += ["", *lines(bench, content["records"]), ""]
     return "\n".join(made)
 
@@ -229,6 +281,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--details", action="store_true", help="print every record too")
     parser.add_argument("--readme", type=Path, help="README whose tables to replace by these")
     parser.add_argument("--plots", action="store_true", help="draw a PNG beside each results file")
+    parser.add_argument("--tables", action="store_true", help="write a table beside each results file of a GPU")
     options = parser.parse_args(arguments)
     found = results.load_all(options.results)
     print(goal_table(found))
@@ -236,6 +289,9 @@ def main(arguments: list[str] | None = None) -> None:
         write_readme(options.readme, found)
     if options.details:
         print("\n" + details(found))
+    if options.tables:
+        for path in write_tables(options.results, found):
+            print(f"written: {path}")
     if options.plots:
         from bench import plot
 

@@ -1,4 +1,4 @@
-"""Result files: bench/results/<hardware>-<bench>.json.
+"""Result files: bench/results/<hardware>-<bench>.json; figures of a GPU are named by the GPU.
 
     {"hardware": {...}, "runs": {id: {"when", "versions", "limits", "peers"}}, "records": {key: {..., "run": id}}}
 
@@ -57,7 +57,7 @@ def load_all(directory: Path = RESULTS) -> dict[str, list[dict]]:
             raise ValueError(f"{path.name}: expected a name that starts with {prefix}")
         content["name"] = prefix[:-1]
         found.setdefault(path.stem[len(prefix) :], []).append(content)
-    order = {level: i for i, level in enumerate((*hardware.LEVELS, "scalar"))}
+    order = {level: i for i, level in enumerate((*hardware.LEVELS, "scalar", "gpu"))}
     for contents in found.values():
-        contents.sort(key=lambda c: (order[c["hardware"]["best_level"]], c["name"]))
+        contents.sort(key=lambda c: (order[c["hardware"].get("best_level", "gpu")], c["name"]))
     return found

@@ -133,12 +133,15 @@ def _plan_rms_norm(layer: nn.Module) -> tuple[type, dict] | str:
     if weight.is_meta:
         return "is on the meta device: load the weights first"
     x = torch.randn(4, weight.shape[0], generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
-    narrow = torch.bfloat16 if weight.dtype == torch.float32 else torch.float32
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
     try:
         with torch.no_grad():
-            expected, promotes = forward(layer, x), forward(layer, x.to(narrow)).dtype != narrow
+            expected, found = forward(layer, x), [forward(layer, x.to(dtype)).dtype for dtype in dtypes]
     except Exception as error:  # another signature, or a device that is not there
         return f"the probe failed: {type(error).__name__}: {error}"
+    promotes = found == [torch.promote_types(dtype, weight.dtype) for dtype in dtypes]
+    if not promotes and found != list(dtypes):
+        return f"gives {found} for inputs of {dtypes}, which follows no known rule"
     limit = 1e-4 if weight.dtype == torch.float32 else 2e-2
     for offset in (0.0, 1.0):
         y = rms_norm(x, weight.detach(), eps=_epsilon(layer), weight_offset=offset, backend="torch")
@@ -227,6 +230,7 @@ def accelerate(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    backend = None if backend == "auto" else backend
     known, others = {}, Counter()
     for name, module in model.named_modules():
         rule = next((rule for rule in RULES if rule.known(module)), None)
@@ -261,7 +265,8 @@ def accelerate(
 
 def restore(model: nn.Module) -> None:
     """Give a model back the layers that `accelerate` swapped. Harmless where there are none. What was done to a layer
-    after the swap (parametrizations, torch's fully_shard) stays.
+    after the swap (parametrizations, torch's fully_shard) stays. RuntimeError, and nothing is changed, where a layer's
+    forward was replaced after the swap: the new one may hold the swapped one.
 
     >>> import torch, fastdl
     >>> model = torch.nn.Sequential(torch.nn.LayerNorm(8))
@@ -272,6 +277,7 @@ def restore(model: nn.Module) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    _check_forwards(model)
     for module in model.modules():
         _give_back(module)
 
@@ -297,6 +303,7 @@ def accelerated(
     try:
         yield report
     finally:
+        _check_forwards(model)
         for module in model.modules():
             if module not in before:
                 _give_back(module)
@@ -330,6 +337,16 @@ def _change(module: nn.Module, kind: type, attributes: dict) -> None:
     own[_MARK] = {"class": type(module), "now": kind, "attributes": before, "set": tuple(attributes)}
     own.update(attributes)
     module.__class__ = kind
+
+
+def _check_forwards(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        before = vars(module).get(_MARK)
+        if before is not None and before["now"] is not before["class"] and "forward" in vars(module):
+            raise RuntimeError(
+                f"{name or 'the model'}: its forward was replaced after the swap (by a hook of device_map, for example) and "
+                "may hold the swapped one: take that back first, then restore"
+            )
 
 
 def _give_back(module: nn.Module) -> None:

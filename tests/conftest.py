@@ -52,21 +52,29 @@ def lane(request):
         yield active
 
 
+def place_of(item) -> tuple[str | None, str | None]:
+    """Room and lane that a test counts in."""
+    marker, room = item.get_closest_marker("lane"), room_of(item)
+    if marker:
+        return (marker.args[1:] or (room,))[0], lanes.kind(marker.args[0])
+    fixtures = set(getattr(item, "fixturenames", ()))
+    if "lane" in fixtures:
+        return room, lanes.kind(item.callspec.params["lane"].name)
+    return room, "cpu" if {"level", "native"} & fixtures else "reference"
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("fastdl")
+    group.addoption("--room", choices=sorted(ROOMS), help="only tests of this room")
+    group.addoption("--lane", choices=lanes.LANES, help="only tests of this lane; a room of it that ran none fails")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield
-    if call.when == "call" and not report.skipped:
-        marker = item.get_closest_marker("lane")
-        names, room = [], room_of(item)
-        if marker:
-            names, room = [marker.args[0]], (marker.args[1:] or (room,))[0]
-        elif "lane" in item.fixturenames:
-            names = [item.callspec.params["lane"].name]
-        elif room:
-            names = ["cpu" if {"level", "native"} & set(item.fixturenames) else "reference"]
-        for name in names:
-            if room:
-                lanes.count(room, name)
+    room, lane = place_of(item)
+    if call.when == "call" and not report.skipped and room:
+        lanes.count(room, lane)
     return report
 
 
@@ -80,17 +88,27 @@ def pytest_terminal_summary(terminalreporter):
 def pytest_sessionfinish(session):
     """A whole run in which a lane of this machine ran nothing has failed."""
     config = session.config
-    whole = config.args_source == config.ArgsSource.TESTPATHS and not config.option.keyword
-    whole = whole and not config.option.markexpr and not config.option.collectonly and not config.getoption("lf", False)
-    if not whole or session.exitstatus != pytest.ExitCode.OK:
+    whole = config.args_source == config.ArgsSource.TESTPATHS or config.option.lane
+    whole = whole and not config.option.keyword and not config.option.markexpr
+    whole = whole and not config.option.collectonly and not config.getoption("lf", False)
+    if not whole or session.exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         return
-    for complaint in lanes.matrix()[1]:
+    for complaint in lanes.matrix(config.option.room, config.option.lane)[1]:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
         config.get_terminal_writer().line(f"\nFAILED {complaint}", red=True)
 
 
-def pytest_collection_modifyitems(items):
-    """Marks what `make sanitize` runs: native code of all rooms, and the emulator with the kernels that it runs."""
+def pytest_collection_modifyitems(config, items):
+    """Keeps what --room and --lane ask for, and marks what `make sanitize` runs: native code of all rooms, and the
+    emulator with the kernels that it runs."""
+    wanted = (config.option.room, config.option.lane)
+    if any(wanted):
+        kept, others = [], []
+        for item in items:
+            fits = all(w in (None, place) for w, place in zip(wanted, place_of(item), strict=True))
+            (kept if fits else others).append(item)
+        config.hook.pytest_deselected(items=others)
+        items[:] = kept
     stems = ("test_quant_matmul", "test_decoder_block")
     for item in items:
         fixtures = getattr(item, "fixturenames", ())

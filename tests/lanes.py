@@ -111,9 +111,13 @@ def lanes(room: str) -> list[Lane]:
 ran: Counter[tuple[str, str]] = Counter()  # (room, lane of LANES) -> tests that ran
 
 
+def kind(lane: str) -> str:
+    """'cpu avx2' -> 'cpu': the lane of LANES."""
+    return next((known for known in LANES if lane.startswith(known)), lane)
+
+
 def count(room: str, lane: str) -> None:
-    kind = next((known for known in LANES if lane.startswith(known)), lane)
-    ran[room, kind] += 1
+    ran[room, kind(lane)] += 1
 
 
 def expected(room: str) -> list[str]:
@@ -126,8 +130,8 @@ def expected(room: str) -> list[str]:
     return [lane for lane in LANES if lane in wanted and not missing(lane)]
 
 
-def matrix() -> tuple[list[str], list[str]]:
-    """Lines of the matrix, and complaints: lanes that should have run here and ran nothing."""
+def matrix(only_room: str | None = None, only_lane: str | None = None) -> tuple[list[str], list[str]]:
+    """Lines of the matrix, and complaints: lanes that should have run here (of those asked for) and ran nothing."""
     width = max(len(room) for room in ROOMS) + 2
     lines = ["".ljust(width) + "".join(lane.rjust(len(lane) + 2) for lane in LANES)]
     complaints = []
@@ -135,7 +139,7 @@ def matrix() -> tuple[list[str], list[str]]:
         wanted, cells = expected(room), []
         for lane in LANES:
             number = ran[room, lane]
-            if lane in wanted and not number:
+            if lane in wanted and not number and only_room in (None, room) and only_lane in (None, lane):
                 complaints.append(f"room {room}: no test ran in the lane '{lane}'")
             cells.append((str(number) if number or lane in wanted else "-").rjust(len(lane) + 2))
         lines.append(room.ljust(width) + "".join(cells))

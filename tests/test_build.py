@@ -136,6 +136,8 @@ def test_cuda_code_is_built_where_nvcc_is(native):
         assert f"sm_{arch}".encode() in data
 
 
+@pytest.mark.lane("gpu")
+@pytest.mark.lane("gpu")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_cuda_smoke_runs(native):
     if not has_cuda_kernel():

@@ -54,6 +54,16 @@ def test_weight_offset_and_back_end():
         norm(x)
 
 
+@pytest.mark.parametrize("layer", [fastdl.nn.LayerNorm, fastdl.nn.RMSNorm])
+def test_bad_options(layer):
+    for dropout in (-0.1, 1.5, float("nan"), None):
+        with pytest.raises(ValueError, match="dropout: expected a number from 0 to 1, got"):
+            layer(4, dropout=dropout)
+    with pytest.raises(ValueError, match="backend: expected None, 'auto' or one of cpu, .*, got 'cdua'"):
+        layer(4, backend="cdua")
+    assert layer(4, backend="auto")(torch.ones(2, 4)).shape == (2, 4)
+
+
 @pytest.mark.parametrize("x", [torch.ones(3, 5), torch.ones(6), torch.ones(3, 6, 4)])
 def test_wrong_shape(x):
     with pytest.raises(ValueError, match=r"x: expected shape \[\.\.\., 4, 6\]"):

@@ -279,6 +279,56 @@ def test_a_norm_with_a_gate_is_left(native):
     assert left.reason == "its forward takes more than the tensor: hidden_states, gate"
 
 
+class PlainRMSNorm(nn.Module):
+    """Llama's formula; ``rule`` says which dtype comes out."""
+
+    def __init__(self, rule):
+        super().__init__()
+        self.weight, self.eps, self.rule = nn.Parameter(torch.ones(16) * 1.5), 1e-6, rule
+
+    def forward(self, x):
+        y = nn.functional.rms_norm(x.float(), (16,), eps=self.eps).to(x.dtype) * self.weight
+        return y if self.rule == "promote" else y.to(x.dtype if self.rule == "input" else self.weight.dtype)
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rule", ["promote", "input", "weight"])
+def test_output_dtypes_of_rms_norms(native, rule, weights):
+    """Mixed inputs give what they gave; a rule that is not known leaves the layer."""
+    norm = PlainRMSNorm(rule).to(weights)
+    inputs = [X.to(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+    expected = [norm(x).dtype for x in inputs]
+    report = fastdl.accelerate(norm)
+    assert [norm(x).dtype for x in inputs] == expected
+    if rule == "weight" and weights != torch.float32:  # float32 weights promote everything, which is a known rule
+        assert "follows no known rule" in report.left[0].reason
+    else:
+        assert report.swapped
+
+
+def test_a_forward_replaced_after_the_swap(native):
+    """It may hold the swapped forward, which the layer's own class could not run: restore refuses, then works."""
+    model = nn.Sequential(nn.LayerNorm(16), nn.LayerNorm(16))
+    fastdl.accelerate(model)
+    swapped = model[1].forward
+    model[1].forward = lambda x: 2 * swapped(x)
+    with pytest.raises(RuntimeError, match=r"1: its forward was replaced after the swap .*take that back first"):
+        fastdl.restore(model)
+    assert type(model[0]) is fastdl.nn.LayerNorm
+    model(X)
+    del model[1].forward
+    fastdl.restore(model)
+    assert type(model[0]) is type(model[1]) is nn.LayerNorm
+
+
+def test_automatic_by_name(native):
+    """backend="auto" means what None means: a layer without a fused back end is left."""
+    assert (
+        "no fused back end for torch.float64"
+        in fastdl.accelerate(nn.LayerNorm(4).double(), backend="auto").left[0].reason
+    )
+
+
 class Doubled(nn.Module):
     def forward(self, weight):
         return 2 * weight

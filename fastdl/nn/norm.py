@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..backend import BACKENDS
 from ..ops.norm import layer_norm, rms_norm
 
 __all__ = ["LayerNorm", "RMSNorm"]
@@ -25,6 +26,13 @@ class _Fused:
     # Class attributes, so that a torch layer that was turned into one of these has them too.
     dropout = 0.0
     backend: str | None = None
+
+    def _configure(self, dropout: float, backend: str | None) -> None:
+        if not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
+            raise ValueError(f"dropout: expected a number from 0 to 1, got {dropout!r}")
+        if backend not in (None, "auto", *BACKENDS):
+            raise ValueError(f"backend: expected None, 'auto' or one of {', '.join(BACKENDS)}, got {backend!r}")
+        self.dropout, self.backend = dropout, backend
 
     def extra_repr(self) -> str:
         more = f", dropout={self.dropout}" if self.dropout else ""
@@ -86,7 +94,7 @@ class LayerNorm(_Fused, nn.LayerNorm):
         backend: str | None = None,
     ) -> None:
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
-        self.dropout, self.backend = dropout, backend
+        self._configure(dropout, backend)
 
     def forward(self, input: Tensor, residual: Tensor | None = None, return_sum: bool = False):
         if self._torchs(input, residual, return_sum):
@@ -121,7 +129,8 @@ class RMSNorm(_Fused, nn.RMSNorm):
         backend: str | None = None,
     ) -> None:
         super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
-        self.weight_offset, self.dropout, self.backend = weight_offset, dropout, backend
+        self._configure(dropout, backend)
+        self.weight_offset = weight_offset
 
     def forward(self, x: Tensor, residual: Tensor | None = None, return_sum: bool = False):
         if self._torchs(x, residual, return_sum):

@@ -1,0 +1,84 @@
+"""Every op of every room on small shapes with backend="cuda", forward and backward: what compute-sanitizer watches.
+
+    compute-sanitizer --tool memcheck python tools/gpu_small.py [--room norm]
+    python tools/gpu_small.py --emulated        the same kernels on CPU tensors, without a GPU
+
+Small, because a sanitized kernel runs hundreds of times slower. Results are compared with the torch back end, so that a
+kernel that never ran is seen. A new room adds a function to CASES. Test: pytest tests/test_gpu_script.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor
+
+from fastdl import ops
+from fastdl.testing import emulated
+
+Result = tuple[Tensor, ...]
+
+
+def compare(name: str, run: Callable[[str], Result], tolerance: float) -> None:
+    """run(backend) by the kernels and by torch: the same, to the tolerance of the dtype."""
+    results = []
+    for backend in ("cuda", "torch"):
+        torch.manual_seed(0)
+        results.append(run(backend))
+    for ours, theirs in zip(*results, strict=True):
+        scale = float(theirs.detach().abs().max()) if theirs.numel() else 0.0
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * scale, msg=lambda m: f"{name}: {m}")
+
+
+# Each kernel's range of widths: one warp, a block, a stream; odd ones, one element, no rows.
+NORM = ((0, 8), (1, 1), (5, 7), (3, 64), (9, 130), (3, 520), (2, 1000), (2, 2048), (2, 5003), (1, 17408))
+
+
+def norm(device: str, shapes: Sequence[tuple[int, int]] = NORM) -> int:
+    """Both ops, with all options and without any."""
+    number = 0
+    for shape, kind, extras in itertools.product(shapes, ("layer_norm", "rms_norm"), (False, True)):
+        for dtype in (torch.float32, torch.bfloat16):
+
+            def run(backend, shape=shape, kind=kind, extras=extras, dtype=dtype):
+                x, residual, grad = (torch.randn(shape, device=device).to(dtype) for _ in range(3))
+                weight, bias = (torch.randn(shape[-1], device=device).to(dtype) for _ in range(2))
+                leaves = [t.requires_grad_() for t in ((x, weight, residual) if extras else (x, weight))]
+                arguments = (x, weight, bias) if kind == "layer_norm" else (x, weight)
+                options = {"residual": residual, "dropout_p": 0.3, "return_sum": True} if extras else {}
+                found = getattr(ops, kind)(*arguments, backend=backend, **options)
+                outputs = found if extras else (found,)
+                return *outputs, *torch.autograd.grad(outputs, leaves, [grad] * len(outputs))
+
+            compare(f"{kind} {shape} {dtype}", run, 1e-4 if dtype == torch.float32 else 5e-2)
+            number += 1
+    return number
+
+
+CASES: dict[str, Callable[[str], int]] = {"norm": norm}  # room -> function(device), returns how many cases it ran
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--room", choices=sorted(CASES), nargs="+", default=sorted(CASES))
+    parser.add_argument("--emulated", action="store_true", help="the CUDA sources under the emulator, on the CPU")
+    options = parser.parse_args()
+    with emulated() if options.emulated else contextlib.nullcontext():
+        for room in options.room:
+            number = CASES[room]("cpu" if options.emulated else "cuda")
+            if not options.emulated:
+                torch.cuda.synchronize()
+            print(f"{room}: {number} cases, forward and backward, agree with the torch back end")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
