@@ -276,6 +276,17 @@ def choose(
     return _choose(room, requested, device, dtype, refusals or {}, facts)
 
 
+_NO_RULES = dict.fromkeys(
+    ("cpu", "cuda", "triton"),
+    "kernels have no rules for torch.func's transforms and forward-mode AD; use backend='torch'",
+)
+
+
+def in_a_transform() -> Mapping[str, str | None] | None:
+    """``refusals`` for :func:`choose`: of every back end with kernels inside torch.func's transforms and forward AD."""
+    return _NO_RULES if _library.transformed() else None
+
+
 def _choose(
     room: str,
     requested: str | None,

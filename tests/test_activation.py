@@ -291,6 +291,16 @@ def test_compile(lane):
         torch.testing.assert_close(ours, theirs)
 
 
+def test_transforms_run_the_reference():
+    """torch.func and forward AD; a back end that was asked for by name refuses."""
+    x, bias = torch.randn(3, 5), torch.randn(5)
+    _, tangent = torch.func.jvp(lambda t: ops.activation(t, "gelu", bias), (x,), (torch.ones_like(x),))
+    torch.testing.assert_close(tangent, torch.func.jvp(lambda t: F.gelu(t + bias), (x,), (torch.ones_like(x),))[1])
+    torch.testing.assert_close(torch.func.vmap(ops.swiglu)(x, x), F.silu(x) * x)
+    with pytest.raises(BackendError, match="torch.func"):
+        torch.func.vmap(lambda t: ops.activation(t, "gelu", backend="cpu"))(x)
+
+
 def test_mixed_dtypes():
     x = torch.randn(3, 16, dtype=torch.bfloat16)
     assert ops.activation(x, "relu", residual=torch.randn(3, 16)).dtype == torch.float32

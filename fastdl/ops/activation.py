@@ -168,7 +168,8 @@ def activation(
     if residual is not None and residual.dtype != x.dtype:
         dtype = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(dtype), residual.to(dtype)
-    chosen = backends.choose("activation", backend, device=x.device, dtype=x.dtype)
+    refusals = backends.in_a_transform()
+    chosen = backends.choose("activation", backend, device=x.device, dtype=x.dtype, refusals=refusals)
     inner = math.prod(x.shape[channel_dim % max(x.dim(), 1) + 1 :])
     by_channel = channel_dropout and dropout_p > 0
     if bias is None and not by_channel:
@@ -239,7 +240,8 @@ def _glu(room: str, gate: Tensor, up: Tensor, kind: str, backend: str | None) ->
         raise ValueError(f"up: expected the shape of gate, {tuple(gate.shape)}, got {tuple(up.shape)}")
     if gate.device != up.device:
         raise ValueError(f"up: expected the device of gate, {gate.device}, got {up.device}; move one to the other")
-    chosen = backends.choose(room, backend, device=gate.device, dtype=gate.dtype)
+    refusals = backends.in_a_transform()
+    chosen = backends.choose(room, backend, device=gate.device, dtype=gate.dtype, refusals=refusals)
     return GLU_FORWARD[twin_of(chosen, gate.device)](gate, up, _KINDS[kind])
 
 

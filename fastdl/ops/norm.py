@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from .. import backend as backends
-from .._library import Op, gradient_of, transformed, triton_twin, twin_of
+from .._library import Op, gradient_of, triton_twin, twin_of
 from ..reference import norm as reference
 
 __all__ = ["layer_norm", "rms_norm"]
@@ -125,10 +125,6 @@ for _room in ("layer_norm", "rms_norm"):
     backends.register_room(_room, {"cpu": _refuse, "cuda": _refuse, "triton": _refuse})
 
 
-_IN_A_TRANSFORM = dict.fromkeys(
-    ("cpu", "cuda", "triton"),
-    "kernels have no rules for torch.func's transforms and forward-mode AD; use backend='torch'",
-)
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat, numbers.Real)
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 # Whether CUDA autocast runs torch's own op in float32: rms_norm was added to its list later than layer_norm.
@@ -213,7 +209,7 @@ def _norm(room, x, residual, weight, bias, p, eps, offset, return_sum, backend):
     if residual is not None and residual.dtype != x.dtype:
         dtype = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(dtype), residual.to(dtype)
-    refusals = _IN_A_TRANSFORM if transformed() else None
+    refusals = backends.in_a_transform()
     chosen = backends.choose(room, backend, device=x.device, dtype=x.dtype, refusals=refusals)
     if chosen != "torch":
         weight, bias = _parameters(x, weight, bias)
