@@ -32,7 +32,7 @@ def profiled(model: nn.Module) -> set[str]:
     """Names of the norms that a call runs, inside compiled code too."""
     with torch.no_grad(), torch.profiler.profile() as profile:
         model(X)
-    return {event.key for event in profile.key_averages()} & {"fastdl::norm_forward", "aten::native_layer_norm"}
+    return {event.key for event in profile.key_averages()} & {"fastdl::norm_inference", "aten::native_layer_norm"}
 
 
 # ---- torch.compile, autocast, saving ---------------------------------------------------------------------------------
@@ -63,7 +63,7 @@ def test_compiled_before_the_swap(native):
     assert profiled(compiled) == {"aten::native_layer_norm"}
     report = fastdl.accelerate(compiled)
     assert [layer.name for layer in report.swapped] == ["_orig_mod.0", "_orig_mod.1.1", "_orig_mod.2"]
-    assert profiled(compiled) == {"fastdl::norm_forward"}
+    assert profiled(compiled) == {"fastdl::norm_inference"}
     torch.testing.assert_close(compiled(X), expected)
     fastdl.restore(model)
     assert profiled(compiled) == {"aten::native_layer_norm"} and torch.equal(compiled(X), expected)
@@ -146,7 +146,7 @@ def test_export_and_trace(native):
     model = small().eval().requires_grad_(False)
     fastdl.accelerate(model)
     program = torch.export.export(model, (X,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    assert "fastdl.norm_forward.default" in {str(node.target) for node in program.graph.nodes}
+    assert "fastdl.norm_inference.default" in {str(node.target) for node in program.graph.nodes}
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)

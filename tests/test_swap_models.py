@@ -21,7 +21,7 @@ STEPS = 30
 
 
 class FusedCalls(TorchDispatchMode):
-    """Inside, counts the calls of fastdl's compiled ops: {"norm_forward": 61}."""
+    """Inside, counts the calls of fastdl's compiled ops: {"norm_inference": 61}."""
 
     def __init__(self):
         super().__init__()
@@ -56,7 +56,7 @@ def train(step, parameters, swap=None, *, optimizer=torch.optim.SGD, **options) 
     return losses
 
 
-def norms(report, kind: str) -> int:
+def swapped_all(report, kind: str) -> int:
     """How many layers of a class were swapped, and no layer of it left."""
     assert not [layer for layer in report.left if layer.kind == kind]
     return sum(layer.kind == kind for layer in report.swapped)
@@ -95,8 +95,8 @@ def test_sentence_embeddings(native, bert):
     assert 0.1 < float((before @ before.T).mean()) < 0.6  # real sentences: neither all alike nor all apart
     with fastdl.accelerated(model) as report, FusedCalls() as fused:
         swapped = embed(model)
-    assert norms(report, "LayerNorm") == 13  # one after the embeddings, two a layer
-    assert fused.calls["norm_forward"] == 13 * len(batches)
+    assert swapped_all(report, "LayerNorm") == 13  # one after the embeddings, two a layer
+    assert fused.calls["norm_inference"] == 13 * len(batches)
     cosine = nn.functional.cosine_similarity(before.double(), swapped.double())
     assert float(cosine.min()) >= 0.99999, cosine.min()
     assert torch.equal(embed(model), before)
@@ -126,7 +126,8 @@ def test_language_model(native, language_model):
             with FusedCalls() as fused:
                 logits = model(ids).logits
             assert torch.equal(model.generate(ids[:, :16], **greedy), text)
-        assert norms(report, "LlamaRMSNorm") == fused.calls["norm_forward"] == 61
+        assert swapped_all(report, "LlamaRMSNorm") == fused.calls["norm_inference"] == 61
+        assert swapped_all(report, "LlamaMLP") == fused.calls["glu_forward"] == 30
         torch.testing.assert_close(logits, before, rtol=1e-4, atol=1e-5 * float(before.abs().max()))
         assert torch.equal(model(ids).logits, before)
 
@@ -148,6 +149,7 @@ def test_language_model_training(native, language_model):
         with FusedCalls() as fused:
             ours = train(step, trained, lambda: fastdl.accelerate(model), lr=2e-3)
         assert fused.calls["norm_forward"] == fused.calls["norm_backward"] == 61 * STEPS
+        assert fused.calls["glu_forward"] == fused.calls["glu_backward"] == 30 * STEPS
     finally:
         fastdl.restore(model)
         model.load_state_dict(start)
@@ -184,7 +186,7 @@ def test_transformer_encoder_in_eval(native, mode, norm_first):
             before = model(x, src_key_padding_mask=mask)
             with fastdl.accelerated(model), FusedCalls() as fused:
                 after = model(x, src_key_padding_mask=mask)
-            assert fused.calls["norm_forward"] == 7
+            assert fused.calls["norm_inference"] == 7
             torch.testing.assert_close(after[kept], before[kept], rtol=1e-4, atol=1e-4)
             assert torch.equal(model(x, src_key_padding_mask=mask), before)
 
