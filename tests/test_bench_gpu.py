@@ -113,7 +113,7 @@ def test_files_and_tables_are_named_by_the_gpu(tmp_path, eager_compile):
     path = results.path_for(tmp_path, GPU, "norm")
     assert path.name == "nvidia-h100-80gb-hbm3-norm.json"
     results.save(path, GPU, "r1", run, records)
-    report.main(["--results", str(tmp_path), "--details", "--plots", "--tables"])
+    report.main(["--results", str(tmp_path), "--details", "--tables"])
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "nvidia-h100-80gb-hbm3-norm.json",
         "nvidia-h100-80gb-hbm3-norm.md",
@@ -127,6 +127,14 @@ def test_files_and_tables_are_named_by_the_gpu(tmp_path, eager_compile):
     assert "- limits, gpu: {'copy_gb_per_s': 1000.0}" in text and "missing: liger" in text
     table = report.norm_table(results.load_all(tmp_path))
     assert table.count("NVIDIA H100 80GB HBM3") == 4 and "on a GPU: forward" not in table
+
+
+def test_norm_results_have_a_table_and_no_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    from bench import plot
+
+    content = {"hardware": GPU, "name": "gpu", "records": {"gpu/x": {"level": "gpu", "sides": {}}}}
+    assert plot.draw_all({"norm": [content]}, tmp_path) == [] and not list(tmp_path.iterdir())
 
 
 def gpu_limits() -> dict[str, float]:
