@@ -344,8 +344,8 @@ def _check_forwards(model: nn.Module) -> None:
         before = vars(module).get(_MARK)
         if before is not None and before["now"] is not before["class"] and "forward" in vars(module):
             raise RuntimeError(
-                f"{name or 'the model'}: its forward was replaced after the swap (by a hook of device_map, for example) and "
-                "may hold the swapped one: take that back first, then restore"
+                f"{name or 'the model'}: its forward was replaced after the swap (by device_map's hooks, say), and may "
+                "hold the swapped one: take that back first, then restore"
             )
 
 

@@ -3,6 +3,7 @@ selects, that a failing step neither stops the others nor goes unseen; tools/gpu
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,9 +24,9 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a G
 
 @without_gpu
 def test_without_a_gpu_it_says_so():
-    done = subprocess.run(
-        ["make", "gpu", f"PYTHON={sys.executable}"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    outer = {name: value for name, value in os.environ.items() if "MAKE" not in name and name != "MFLAGS"}
+    command = ["make", "gpu", f"PYTHON={sys.executable}"]
+    done = subprocess.run(command, cwd=ROOT, env=outer, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and not done.stdout.strip()
     assert "make gpu cannot run here, and installs nothing. Missing:\n  GPU: " in done.stderr
 

@@ -59,7 +59,7 @@ def test_bad_options(layer):
     for dropout in (-0.1, 1.5, float("nan"), None):
         with pytest.raises(ValueError, match="dropout: expected a number from 0 to 1, got"):
             layer(4, dropout=dropout)
-    with pytest.raises(ValueError, match="backend: expected None, 'auto' or one of cpu, .*, got 'cdua'"):
+    with pytest.raises(ValueError, match=r"backend: expected None, 'auto' or one of cpu, .*, got 'cdua'"):
         layer(4, backend="cdua")
     assert layer(4, backend="auto")(torch.ones(2, 4)).shape == (2, 4)
 

@@ -257,9 +257,10 @@ def _check(x, residual, weight, bias, p, eps, offset) -> None:
         _check_like("bias", bias, cols, shape, device)
     if residual is not None:
         _check_like("residual", residual, shape, shape, device)
-    for name, value in (("eps", eps), ("dropout_p", p), ("weight_offset", offset)):
-        if type(value) is not float and not isinstance(value, _NUMBERS):
-            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not type(eps) is type(p) is type(offset) is float:  # all three at every call: the loop only where it may matter
+        for name, value in (("eps", eps), ("dropout_p", p), ("weight_offset", offset)):
+            if not isinstance(value, _NUMBERS):
+                raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if not eps > 0:
         raise ValueError(f"eps: expected a number > 0, got {eps}")
     if not 0 <= p <= 1:
