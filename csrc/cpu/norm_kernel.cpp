@@ -7,110 +7,11 @@
 // Test: pytest tests/test_norm.py
 #include "cpu/norm_kernel.h"
 
-#include "common/formats.h"
-#include "common/philox.h"
-#include "common/simd.h"
-
-#define FASTDL_STEP __attribute__((always_inline))  // of a lambda that handles one vector of a row
+#include "cpu/rows_kernel.h"
 
 namespace fastdl {
 namespace FASTDL_LEVEL {
 namespace {
-
-// The float formats: one element's type, and vectors of LANES.
-struct F32 {
-  using Element = float;
-  FASTDL_INLINE vf load(const Element* p) { return vload(p); }
-  FASTDL_INLINE void store(Element* p, vf v) { vstore(p, v); }
-};
-struct F16 {
-  using Element = uint16_t;
-  FASTDL_INLINE vf load(const Element* p) { return vload_f16(p); }
-  FASTDL_INLINE void store(Element* p, vf v) { vstore_f16(p, v); }
-};
-struct BF16 {
-  using Element = uint16_t;
-  FASTDL_INLINE vf load(const Element* p) { return vload_bf16(p); }
-  FASTDL_INLINE void store(Element* p, vf v) { vstore_bf16(p, v); }
-};
-
-// The first n of LANES elements, zeros behind them.
-template <class T>
-FASTDL_INLINE vf load_part(const typename T::Element* p, int64_t n) {
-  typename T::Element part[LANES] = {};
-  memcpy(part, p, (size_t)n * sizeof part[0]);
-  return T::load(part);
-}
-
-template <class T>
-FASTDL_INLINE void store_part(typename T::Element* p, vf v, int64_t n) {
-  typename T::Element part[LANES];
-  T::store(part, v);
-  memcpy(p, part, (size_t)n * sizeof part[0]);
-}
-
-// step(at, load, store) for every vector of a row, the last one in part. `load` and `store` take a format's tag.
-struct Whole {
-  template <class T>
-  FASTDL_INLINE vf load(const typename T::Element* p) {
-    return T::load(p);
-  }
-  template <class T>
-  FASTDL_INLINE void store(typename T::Element* p, vf v) {
-    T::store(p, v);
-  }
-  FASTDL_INLINE vf keep(vf v) { return v; }
-};
-
-struct Part {
-  int64_t n;
-  template <class T>
-  vf load(const typename T::Element* p) const {
-    return load_part<T>(p, n);
-  }
-  template <class T>
-  void store(typename T::Element* p, vf v) const {
-    store_part<T>(p, v, n);
-  }
-  // zeros in the lanes past the end
-  vf keep(vf v) const {
-    float part[LANES];
-    vstore(part, v);
-    return load_part<F32>(part, n);
-  }
-};
-
-template <int I>
-struct Index {
-  static constexpr int value = I;
-};
-
-// step(at, part, index) for every vector of a row, the last one in part. Four vectors a turn, with the indices 0 to 3 as
-// types: sums kept per index stay in registers and do not wait for each other.
-template <class Step>
-__attribute__((always_inline)) static inline void for_row(int64_t cols, const Step& step) {
-  int64_t k = 0;
-  for (; k + 4 * LANES <= cols; k += 4 * LANES) {
-    step(k, Whole(), Index<0>());
-    step(k + LANES, Whole(), Index<1>());
-    step(k + 2 * LANES, Whole(), Index<2>());
-    step(k + 3 * LANES, Whole(), Index<3>());
-  }
-  for (; k + LANES <= cols; k += LANES) step(k, Whole(), Index<0>());
-  if (k < cols) step(k, Part{cols - k}, Index<1>());
-}
-
-FASTDL_INLINE float total(const vf (&sums)[4]) { return vsum(vadd(vadd(sums[0], sums[1]), vadd(sums[2], sums[3]))); }
-
-// 0 or scale for the elements index .. index + LANES - 1.
-FASTDL_INLINE vf dropout(uint64_t seed, int64_t index, float p, float scale) {
-  float keep[LANES];
-  for (int i = 0; i < LANES; ++i) keep[i] = philox_dropout(seed, (uint64_t)(index + i), p, scale);
-  return vload(keep);
-}
-
-// v * keep, and 0 where keep is 0 (v may be infinite)
-FASTDL_INLINE vf dropped(vf v, vf keep) { return vselect_le(keep, vset1(0.0f), vset1(0.0f), vmul(v, keep)); }
 
 template <class T>
 void forward(const NormForwardArgs& a, int64_t row0, int64_t row1, float* row) {
@@ -233,17 +134,6 @@ void add_parts(const float* partial, int64_t parts, int64_t stride, int64_t col0
     for (int64_t i = 0; i < parts; ++i) total = vadd(total, part.template load<F32>(partial + i * stride + col0 + k));
     part.template store<F32>(sum + col0 + k, total);
   });
-}
-
-// The one switch from formats to types.
-template <class Body>
-void dispatch(int format, const Body& body) {
-  switch (format) {
-    case FORMAT_F32: return body(F32());
-    case FORMAT_F16: return body(F16());
-    case FORMAT_BF16: return body(BF16());
-    default: __builtin_unreachable();  // norm.cpp has checked
-  }
 }
 
 void to_floats(const void* from, int format, float offset, int64_t cols, float* to) {

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from .activation import swiglu
 from .attention import attention
 from .decoder_block import DecoderLayer, DecoderStack, decoder_blocks
+from .group_norm import group_norm
 from .norm import layer_norm, rms_norm
 from .quant_matmul import auto_activation, quant_embedding, quant_matmul, quantize
 from .rope import rope, rope_table
@@ -33,6 +34,7 @@ ROOMS: dict[str, Room] = {
     ),
     "decoder_block": Room(("decoder_blocks", "DecoderStack", "DecoderLayer"), ("cpu",)),
     "norm": Room(("layer_norm", "rms_norm"), ("cpu", "cuda", "triton"), ("LayerNorm", "RMSNorm")),
+    "group_norm": Room(("group_norm",), ("cpu", "cuda", "triton"), ("GroupNorm",)),
     "rope": Room(("rope", "rope_table")),
     "attention": Room(("attention",)),
     "activation": Room(("swiglu",)),
@@ -46,6 +48,7 @@ __all__ = [
     "attention",
     "auto_activation",
     "decoder_blocks",
+    "group_norm",
     "layer_norm",
     "quant_embedding",
     "quant_matmul",
