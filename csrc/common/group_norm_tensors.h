@@ -12,6 +12,7 @@ struct GroupNormShape {
     check(groups > 0 && x.channels % groups == 0, "groups: expected a divisor of C");
     width = x.channels / groups;
     row = width * x.spatial;
+    check(row < int64_t{1} << 31, "x: more than 2^31 elements in a group");
   }
 };
 
