@@ -54,6 +54,11 @@ _TABLE: dict[str, dict[int, Config]] = {
     "norm_backward_stream": {2048: Config(1, 8)},
     "norm_columns": {128: Config(32, 4)},
     "norm_partials": {128: Config(32, 4)},
+    "group_norm_moments": {256: Config(1, 1), 1024: Config(1, 4), 4096: Config(1, 8)},
+    "group_norm_apply": {256: Config(1, 1), 1024: Config(1, 4), 4096: Config(1, 8)},
+    "group_norm_sums": {64: Config(16, 4), 256: Config(4, 4), 1024: Config(1, 4)},
+    "group_norm_dx": {256: Config(1, 1), 1024: Config(1, 4), 2048: Config(1, 8)},
+    "group_norm_parameters": {64: Config(16, 4)},
 }
 
 # Where a class of architectures departs from the table.

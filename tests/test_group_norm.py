@@ -26,7 +26,7 @@ SHAPES = [
     ((1, 6, 5, 13), 1),
     ((2, 4, 2, 3, 16), 2),
 ]
-LARGE = [((1, 4, 65, 67), 2), ((2, 2, 64, 80), 1)]
+LARGE = [((1, 2, 130, 129), 1), ((1, 2, 128, 136), 1)]
 NAMES = ("weight", "bias", "scale", "shift")
 GIVEN = [tuple(on) for on in itertools.product((False, True), repeat=4)]
 
@@ -46,7 +46,7 @@ def named(tensors, given=(True,) * 4):
 
 def torch_norm(groups, x, weight=None, bias=None, scale=None, shift=None, *, eps=1e-5):
     """torch's own operations, rounding where they round."""
-    if not x.numel() or x.numel() == x.shape[1] and x.shape[1] == groups:
+    if not x.numel() or (x.numel() == x.shape[1] and x.shape[1] == groups):
         return x * 1.0  # torch's function refuses these
     if weight is None and bias is not None:  # torch's gradient fails without a weight
         weight = torch.ones_like(bias)
@@ -242,7 +242,7 @@ X = torch.ones(2, 4, 3)
         ((X, 3), {}, ValueError, "num_groups: expected a divisor of the 4 channels of x, got 3"),
         ((X, 0), {}, ValueError, "num_groups: expected a divisor"),
         ((X, 2, torch.ones(5)), {}, ValueError, r"weight: expected shape \(4,\)"),
-        ((X, 2, torch.ones(4).int()), {}, TypeError, "weight: expected a floating point tensor or None, got torch.int32"),
+        ((X, 2, torch.ones(4).int()), {}, TypeError, "weight: expected a floating point tensor or None, got"),
         ((X, 2, torch.ones(4, device="meta")), {}, ValueError, "weight: expected the device of x"),
         ((X, 2, None, 1.0), {}, TypeError, "bias: expected a floating point tensor or None, got float"),
         ((X, 2), {"scale": torch.ones(4)}, ValueError, r"scale: expected shape \(2, 4\)"),

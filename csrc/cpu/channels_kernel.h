@@ -9,7 +9,7 @@ namespace FASTDL_LEVEL {
 namespace {
 
 // A float32 sum takes at most so many elements; their totals are added in double.
-constexpr int64_t SUM_BLOCK = 8192;
+constexpr int64_t SUM_BLOCK = 2048;
 
 struct One {
   float value;
@@ -45,15 +45,16 @@ __attribute__((always_inline)) static inline Sums for_blocks(int64_t n, const Bo
 // sum of x
 template <class T>
 double run_sum(const typename T::Element* x, int64_t n) {
-  return for_blocks(n, [&](int64_t first, int64_t count) {
-           const vf zero = vset1(0.0f);
-           vf sums[4] = {zero, zero, zero, zero};
-           for_row(count, [&](int64_t k, const auto& part, auto i) FASTDL_STEP {
-             vf& sum = sums[decltype(i)::value];
-             sum = vadd(sum, part.template load<T>(x + first + k));
-           });
-           return Sums{total(sums), 0.0};
-         })
+  return for_blocks(n,
+                    [&](int64_t first, int64_t count) {
+                      const vf zero = vset1(0.0f);
+                      vf sums[4] = {zero, zero, zero, zero};
+                      for_row(count, [&](int64_t k, const auto& part, auto i) FASTDL_STEP {
+                        vf& sum = sums[decltype(i)::value];
+                        sum = vadd(sum, part.template load<T>(x + first + k));
+                      });
+                      return Sums{total(sums), 0.0};
+                    })
       .first;
 }
 
@@ -101,8 +102,8 @@ Sums run_products(const typename T::Element* grad, const typename T::Element* y,
 
 // y = (x - mean) * slope + bias, + residual and ReLU where asked for
 template <class T, class Mean, class Slope>
-FASTDL_INLINE void run_affine(const typename T::Element* x, const typename T::Element* residual,
-                              typename T::Element* y, int64_t n, Mean mean, Slope slope, Slope bias, bool relu) {
+FASTDL_INLINE void run_affine(const typename T::Element* x, const typename T::Element* residual, typename T::Element* y,
+                              int64_t n, Mean mean, Slope slope, Slope bias, bool relu) {
   for_row(n, [&](int64_t k, const auto& part, auto) FASTDL_STEP {
     const vf d = vsub(part.template load<T>(x + k), Mean::at(mean, k, part));
     vf v = vfma(d, Slope::at(slope, k, part), Slope::at(bias, k, part));
@@ -115,9 +116,8 @@ FASTDL_INLINE void run_affine(const typename T::Element* x, const typename T::El
 // dx = g * slope + (x - mean) * pull + shift, g = gate(grad), which goes to dresidual where that is asked for
 template <class T, class Mean, class Slope>
 FASTDL_INLINE void run_gradient(const typename T::Element* grad, const typename T::Element* y,
-                                const typename T::Element* x, typename T::Element* dx,
-                                typename T::Element* dresidual, int64_t n, Mean mean, Slope slope, Mean pull,
-                                Mean shift) {
+                                const typename T::Element* x, typename T::Element* dx, typename T::Element* dresidual,
+                                int64_t n, Mean mean, Slope slope, Mean pull, Mean shift) {
   for_row(n, [&](int64_t k, const auto& part, auto) FASTDL_STEP {
     const vf g = gate<T>(grad, y, k, part);
     const vf d = vsub(part.template load<T>(x + k), Mean::at(mean, k, part));

@@ -75,8 +75,8 @@ FiveTensors group_norm_backward(const Tensor& grad, const Tensor& x, const Optio
                                 const Tensor& rstd, int64_t groups, double, bool need_weight, bool need_bias,
                                 bool need_scale, bool need_shift) {
   const int format = float_format(x, "x: expected float32, float16 or bfloat16");
-  const GroupNormBackwardTensors t(grad, x, weight, bias, scale, mean, rstd, groups, need_weight, need_bias,
-                                   need_scale, need_shift);
+  const GroupNormBackwardTensors t(grad, x, weight, bias, scale, mean, rstd, groups, need_weight, need_bias, need_scale,
+                                   need_shift);
   const FiveTensors outputs{t.dx, t.dweight, t.dbias, t.dscale, t.dshift};
   if (t.x.empty()) return outputs;
   const GroupNormKernels& kernels = group_norm_table();

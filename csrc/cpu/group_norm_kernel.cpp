@@ -54,8 +54,8 @@ void forward(const GroupNormForwardArgs& a, int64_t row0, int64_t row1, float* s
       continue;
     }
     for (int64_t c = 0; c < a.width; ++c)
-      run_affine<T>(x + c * a.spatial, nullptr, y + c * a.spatial, a.spatial, One{mean}, One{slopes[c]},
-                    One{biases[c]}, false);
+      run_affine<T>(x + c * a.spatial, nullptr, y + c * a.spatial, a.spatial, One{mean}, One{slopes[c]}, One{biases[c]},
+                    false);
   }
 }
 
@@ -81,7 +81,8 @@ void backward(const GroupNormBackwardArgs& a, int64_t row0, int64_t row1, float*
       product += factor(c) * sums.second;
     }
     // rstd * (g - mean(g) - h * mean(g * h))
-    const float pull = (float)(-product / (double)size * rstd * rstd * rstd), shift = (float)(-sum / (double)size * rstd);
+    const float pull = (float)(-product / (double)size * rstd * rstd * rstd),
+                shift = (float)(-sum / (double)size * rstd);
     lay_out(a.width, a.spatial, scratch, [&](int64_t c) { return factor(c) * rstd; });
     if (a.spatial < GROUP_NORM_SHORT) {
       run_gradient<T>(grad, nullptr, x, dx, nullptr, size, One{mean}, Each{scratch}, One{pull}, One{shift});

@@ -10,23 +10,23 @@ namespace fastdl {
 
 // A group is `width` channels of `spatial` elements each, in one piece: row n * groups + g of x.
 struct GroupNormForwardArgs {
-  const void* x;                // [N][groups][width * spatial]
-  const float *weight, *bias;   // [groups * width], or null
-  const float *scale, *shift;   // [N][groups * width], or null
-  void* y;                      // as x
-  float *mean, *rstd;           // [N][groups]
+  const void* x;               // [N][groups][width * spatial]
+  const float *weight, *bias;  // [groups * width], or null
+  const float *scale, *shift;  // [N][groups * width], or null
+  void* y;                     // as x
+  float *mean, *rstd;          // [N][groups]
   int64_t groups, width, spatial;
   float eps;
   int format;  // Format number of x, y
 };
 
 struct GroupNormBackwardArgs {
-  const void *grad, *x;        // [N][groups][width * spatial]
-  const float* weight;         // [groups * width], or null
-  const float* scale;          // [N][groups * width], or null
-  const float *mean, *rstd;    // [N][groups]
-  void* dx;                    // as x
-  float *sum, *product;        // [N][groups * width]: over positions, of grad and of grad * h
+  const void *grad, *x;      // [N][groups][width * spatial]
+  const float* weight;       // [groups * width], or null
+  const float* scale;        // [N][groups * width], or null
+  const float *mean, *rstd;  // [N][groups]
+  void* dx;                  // as x
+  float *sum, *product;      // [N][groups * width]: over positions, of grad and of grad * h
   int64_t groups, width, spatial;
   int format;
 };

@@ -55,8 +55,8 @@ FiveTensors group_norm_backward(const Tensor& grad, const Tensor& x, const Optio
                                 const Tensor& rstd, int64_t groups, double, bool need_weight, bool need_bias,
                                 bool need_scale, bool need_shift) {
   const Device device(x);
-  const GroupNormBackwardTensors t(grad, x, weight, bias, scale, mean, rstd, groups, need_weight, need_bias,
-                                   need_scale, need_shift);
+  const GroupNormBackwardTensors t(grad, x, weight, bias, scale, mean, rstd, groups, need_weight, need_bias, need_scale,
+                                   need_shift);
   for_float_type(x, "x", [&](auto type) {
     using T = decltype(type);
     if (t.x.empty()) return;

@@ -15,20 +15,20 @@ namespace fastdl::cuda {
 
 template <class T>
 struct GroupNormForward {
-  const T* x;                                  // [N, groups, width, spatial]
-  const void *weight, *bias, *scale, *shift;   // [groups * width], and [N, groups * width]; T or float32, or null
+  const T* x;                                 // [N, groups, width, spatial]
+  const void *weight, *bias, *scale, *shift;  // [groups * width], and [N, groups * width]; T or float32, or null
   bool float_weight, float_bias, float_scale, float_shift;
-  T* y;                                        // as x
-  float *mean, *rstd;                          // [N, groups]
-  float* partial;                              // [N * groups, parts, 2]: mean and squares; null where parts is 1
+  T* y;                // as x
+  float *mean, *rstd;  // [N, groups]
+  float* partial;      // [N * groups, parts, 2]: mean and squares; null where parts is 1
   int64_t rows, groups, width, spatial, parts;
   float eps;
 };
 
 // y of the elements begin .. end of a group. N divides spatial, so that a vector has one channel.
 template <int N, int Threads, class T>
-__device__ __forceinline__ void group_norm_affine(const GroupNormForward<T>& a, int64_t row, PartRange range, float mean,
-                                                  float rstd) {
+__device__ __forceinline__ void group_norm_affine(const GroupNormForward<T>& a, int64_t row, PartRange range,
+                                                  float mean, float rstd) {
   const int64_t first = row % a.groups * a.width, image = row / a.groups * a.groups * a.width + first;
   const int64_t base = row * a.width * a.spatial;
   for (int64_t i = range.begin + static_cast<int64_t>(threadIdx.x) * N; i < range.end; i += Threads * N) {

@@ -19,11 +19,11 @@ struct GroupNormBackward {
   const T *grad, *x;                  // [N, groups, width, spatial]
   const void *weight, *bias, *scale;  // [groups * width], twice, and [N, groups * width]; T or float32, or null
   bool float_weight, float_bias, float_scale;
-  const float *mean, *rstd;           // [N, groups]
-  T* dx;                              // as x
-  float *sum, *product;               // [N, groups * width]
-  float *dweight, *dbias;             // [groups * width], or null
-  float *dscale, *dshift;             // [N, groups * width], or null
+  const float *mean, *rstd;  // [N, groups]
+  T* dx;                     // as x
+  float *sum, *product;      // [N, groups * width]
+  float *dweight, *dbias;    // [groups * width], or null
+  float *dscale, *dshift;    // [N, groups * width], or null
   int64_t rows, groups, width, spatial, parts;
 };
 

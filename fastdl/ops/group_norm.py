@@ -9,9 +9,9 @@ Gradients to all five; twice (statistics are recomputed from x in the double bac
 Back ends: cpu (csrc/cpu/group_norm*.cpp), cuda (csrc/cuda/group_norm*.cuh), triton (kernels/group_norm.py), torch
 (fastdl/reference/group_norm.py). What they refuse, and what they copy:
 
-    | back end          | what                   |                                                                       |
-    | cpu, cuda, triton | float64                | refused: their kernels accumulate in float32                          |
-    | all               | strided, channels last | taken; x is copied to [N, C, *] in one piece first, and y is in one   |
+    | back end          | what          |                                                                             |
+    | cpu, cuda, triton | float64       | refused: their kernels accumulate in float32                                |
+    | cpu, cuda, triton | strides       | taken, channels last too; x is copied to one piece first, y is contiguous |
 
 Under CUDA autocast it computes in float32, as torch's does. Test: ``pytest tests/test_group_norm.py``; benchmark:
 ``pytest bench/bench_group_norm.py``.
@@ -120,8 +120,8 @@ def group_norm(
     scale, shift  [N, C], floating, or None (ones, zeros)
     backend       None or "auto", "cpu", "cuda", "triton", "torch"
 
-    Returns y [N, C, *] in the dtype of x, contiguous. Zero rows give zero rows. Differentiable twice in all five tensors.
-    Raises TypeError or ValueError naming the argument; fastdl.BackendError if ``backend`` cannot.
+    Returns y [N, C, *] in the dtype of x, contiguous. Zero rows give zero rows. Differentiable twice in all
+    five tensors. Raises TypeError or ValueError naming the argument; fastdl.BackendError if ``backend`` cannot.
 
     >>> import torch, fastdl
     >>> x, scale, shift = torch.randn(2, 8, 4, 4), torch.randn(2, 8), torch.randn(2, 8)
@@ -130,8 +130,8 @@ def group_norm(
     >>> torch.allclose(y, scale[..., None, None] * h + shift[..., None, None], atol=1e-5)
     True
 
-    Source: Wu and He, "Group Normalization" (2018); scale and shift: Dhariwal and Nichol, "Diffusion Models Beat GANs on
-    Image Synthesis" (2021).
+    Source: Wu and He, "Group Normalization" (2018); scale and shift: Dhariwal and Nichol, "Diffusion Models Beat
+    GANs on Image Synthesis" (2021).
     """
     _check(x, num_groups, weight, bias, eps, scale, shift)
     if x.device.type == "cuda" and torch.is_autocast_enabled("cuda"):

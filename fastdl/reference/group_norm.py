@@ -5,8 +5,8 @@
     y = scale * (h * weight + bias) + shift                    rounded to the dtype of x
 
 Statistics and products are float32 (float64 for float64 input).
-Wu and He, "Group Normalization" (2018); scale and shift a sample: AdaGN, Dhariwal and Nichol, "Diffusion Models Beat GANs
-on Image Synthesis" (2021).
+Wu and He, "Group Normalization" (2018); scale and shift a sample: AdaGN, Dhariwal and Nichol, "Diffusion Models Beat
+GANs on Image Synthesis" (2021).
 Test: tests/test_group_norm.py.
 """
 
@@ -78,7 +78,7 @@ def group_norm_backward(
         P  = sum of grad over positions,  Q = sum of grad * h over positions                      [N, C]
         dweight = sum_n(scale * Q),  dbias = sum_n(scale * P),  dscale = weight * Q + bias * P,  dshift = P
     """
-    n, c = x.shape[:2]
+    n = x.shape[0]
     h, _, rstd = normalized(x, groups, eps)
     d = grad.to(h.dtype).reshape(h.shape)
     w, b, s = channels(weight, x, 1.0), channels(bias, x, 0.0), channels(scale, x, 1.0)
