@@ -40,7 +40,8 @@ class FloatScratch {
   }
 
   Tensor memory_;
-  float *data_, *next_;
+  float* data_;
+  float* next_;
 };
 
 }  // namespace fastdl

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from .activation import swiglu
 from .attention import attention
+from .batch_norm import batch_norm
 from .decoder_block import DecoderLayer, DecoderStack, decoder_blocks
 from .group_norm import group_norm
 from .norm import layer_norm, rms_norm
@@ -35,6 +36,7 @@ ROOMS: dict[str, Room] = {
     "decoder_block": Room(("decoder_blocks", "DecoderStack", "DecoderLayer"), ("cpu",)),
     "norm": Room(("layer_norm", "rms_norm"), ("cpu", "cuda", "triton"), ("LayerNorm", "RMSNorm")),
     "group_norm": Room(("group_norm",), ("cpu", "cuda", "triton"), ("GroupNorm",)),
+    "batch_norm": Room(("batch_norm",), ("cpu", "cuda", "triton"), ("BatchNorm1d", "BatchNorm2d")),
     "rope": Room(("rope", "rope_table")),
     "attention": Room(("attention",)),
     "activation": Room(("swiglu",)),
@@ -47,6 +49,7 @@ __all__ = [
     "Room",
     "attention",
     "auto_activation",
+    "batch_norm",
     "decoder_blocks",
     "group_norm",
     "layer_norm",
