@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -37,3 +39,38 @@ def merged(partial, parts, length, size):
     center = origin + tl.sum(tl.where(lane < parts, count * (mean - origin), 0.0), 0) / size
     apart = mean - center
     return center, tl.sum(tl.where(lane < parts, squares + count * apart * apart, 0.0), 0)
+
+
+class Cut(NamedTuple):
+    """How a batch [N, C, spatial] is cut. Long channels are planes, a unit each; short ones, and channels last (where
+    spatial is 1), are columns of [N, C * spatial]. A unit's run of elements has ``parts`` of ``length``."""
+
+    columns: bool
+    units: int
+    run: int
+    parts: int
+    length: int
+
+
+def cut(n: int, channels: int, spatial: int) -> Cut:
+    """A function of the shape alone."""
+    columns = spatial < 32
+    units, run = (channels * spatial, n) if columns else (channels, n * spatial)
+    parts = part_count(triton.cdiv(units, 128), run, 128) if columns else part_count(units, run)
+    length = part_length(run, parts)
+    return Cut(columns, units, run, triton.cdiv(run, length), length)
+
+
+@triton.jit
+def plane_offset(begin, lane, channel, channels, spatial):
+    """Where elements begin + lane of a channel's run over [N, spatial] lie. begin: int64; lane: int32 [BLOCK]."""
+    at = (begin % spatial).to(tl.int32) + lane
+    image = begin // spatial + at // spatial
+    return (image * channels + channel) * spatial + at % spatial
+
+
+@triton.jit
+def channel_of(begin, lane, channels, spatial):
+    """The channels of elements begin + lane of [N, C, spatial]. begin: int64; lane: int32 [BLOCK]."""
+    at = (begin % spatial).to(tl.int32) + lane
+    return ((begin // spatial % channels).to(tl.int32) + at // spatial) % channels
