@@ -206,6 +206,7 @@ def norm_lines(key: str, record: dict) -> list[str]:
 
 
 LINES = {"llm": llm_lines, "quant_matmul": sides_lines, "decoder_block": sides_lines, "norm": norm_lines}
+LINES |= {"group_norm": norm_lines, "batch_norm": norm_lines}
 
 
 def details(found: dict[str, list[dict]]) -> str:

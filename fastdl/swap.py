@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from . import backend as backends
 from ._patterns import select
+from .nn.batch_norm import BatchNorm1d, BatchNorm2d
+from .nn.group_norm import GroupNorm
 from .nn.norm import LayerNorm, RMSNorm
 from .ops.norm import rms_norm
 
@@ -141,8 +143,14 @@ def _plan_rms_norm(layer: nn.Module) -> tuple[type, dict] | str:
 RULES = [
     _torch_rule("layer_norm", LayerNorm, nn.LayerNorm),
     _torch_rule("rms_norm", RMSNorm, nn.RMSNorm),
+    _torch_rule("group_norm", GroupNorm, nn.GroupNorm),
+    _torch_rule("batch_norm", BatchNorm1d, nn.BatchNorm1d),
+    _torch_rule("batch_norm", BatchNorm2d, nn.BatchNorm2d),
     Rule("rms_norm", _is_rms_norm, _plan_rms_norm),
 ]
+
+# Layers that are fused already.
+FUSED = (LayerNorm, RMSNorm, GroupNorm, BatchNorm1d, BatchNorm2d)
 
 # What turns off the inference fast paths of torch's modules, which would not call the layers inside them.
 _SLOW = {
@@ -187,9 +195,10 @@ def accelerate(
     exclude  names to leave out
     backend  back end for the swapped layers; None: the automatic choice at each call
 
-    Known are torch's LayerNorm and RMSNorm, and RMS norms of Hugging Face models, which are checked on a probe input.
-    torch's TransformerEncoder and its layers lose their inference fast path when a layer inside is swapped, because it
-    would not be called; what padded positions hold is then, as in training, not zero.
+    Known are torch's LayerNorm, RMSNorm, GroupNorm, BatchNorm1d and BatchNorm2d, and RMS norms of Hugging Face models,
+    which are checked on a probe input. torch's TransformerEncoder and its layers lose their inference fast path when a
+    layer inside is swapped, because it would not be called; what padded positions hold is then, as in training, not
+    zero.
 
     Returns a report that prints as a table: what was swapped, what was left and why. Raises TypeError, ValueError (a
     pattern that matches nothing), or fastdl.BackendError (``backend`` cannot run there); the model is then unchanged.
@@ -276,7 +285,7 @@ def _plan(module: nn.Module, rule: Rule, selected: bool, backend: str | None) ->
     """What to change, or why not."""
     if _MARK in vars(module):
         return "swapped already"
-    if isinstance(module, (LayerNorm, RMSNorm)):
+    if isinstance(module, FUSED):
         return "is a fused layer"
     if not selected:
         return "excluded"
