@@ -3,8 +3,8 @@
     pytest bench/bench_activation.py                    best level of this machine
     FASTDL_ISA=avx2 pytest bench/bench_activation.py    a lower one
 
-Shapes are those of the feed-forward layer of a transformer of width 768. Every side is checked against float64 before it
-is timed. The share of the limit counts the bytes that the op must move.
+Shapes are those of the feed-forward layer of a transformer of width 768. Every side is checked against float64 before
+it is timed. The share of the limit counts the bytes that the op must move.
 """
 
 from __future__ import annotations

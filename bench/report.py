@@ -244,6 +244,7 @@ def gpu_lines(key: str, record: dict) -> list[str]:
 
 
 LINES = {"llm": llm_lines, "quant_matmul": sides_lines, "decoder_block": sides_lines, "norm": norm_lines}
+LINES |= {"group_norm": norm_lines, "batch_norm": norm_lines}
 
 
 def write_tables(folder: Path, found: dict[str, list[dict]]) -> list[Path]:

@@ -5,27 +5,22 @@ The object stays: parameters, hooks, device, dtype, train or eval state and name
 and an optimizer made before trains on. No class and no module of another package is changed. What was there is
 remembered on the layer itself, so copies and pickles of the model can be restored too.
 
-Rules say which layers are known (`RULES`); later rooms add theirs. Test: pytest tests/test_swap.py.
+Which layers are known stands in _swap_rules.py. Test: pytest tests/test_swap.py.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
-import inspect
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import backend as backends
 from ._patterns import select
-from ._swap_gated import GatedByProbe, is_gated, plan_gated
-from .nn.activation import GatedMLP
-from .nn.norm import LayerNorm, RMSNorm
-from .ops.norm import rms_norm
+from ._swap_rules import FUSED, RULES, Rule
 
 __all__ = ["SwapReport", "accelerate", "accelerated", "restore"]
 
@@ -72,124 +67,11 @@ class SwapReport:
         return "\n".join(lines)
 
 
-# ---- Rules ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Rule:
-    """room: op that the swapped layer calls. known(layer): the rule is about it. plan(layer): its new class and the
-    instance attributes to set, or the reason to leave it."""
-
-    room: str
-    known: Callable[[nn.Module], bool]
-    plan: Callable[[nn.Module], tuple[type, dict] | str]
-
-
-def _torch_rule(room: str, ours: type, theirs: type) -> Rule:
-    def plan(layer: nn.Module) -> tuple[type, dict] | str:
-        if type(layer) is not theirs:
-            return f"{type(layer).__name__} is a subclass that may compute something else"
-        if layer.eps is not None and not layer.eps > 0:
-            return f"its eps is {layer.eps}; the kernels need eps > 0"
-        return "normalizes over no elements" if 0 in layer.normalized_shape else (ours, {})
-
-    return Rule(room, lambda layer: isinstance(layer, theirs), plan)
-
-
-class _RMSNormByProbe:
-    """forward of a Hugging Face RMS norm: weight and eps as the model's class keeps them."""
-
-    backend: str | None = None
-
-    def forward(self, *given: Tensor, **named: Tensor) -> Tensor:
-        (x,) = (*given, *named.values())  # its one argument has another name in every model
-        offset, promotes = self._fastdl_rms_norm
-        y = rms_norm(x, self.weight, eps=_epsilon(self), weight_offset=offset, backend=self.backend)
-        return y.to(torch.promote_types(x.dtype, self.weight.dtype)) if promotes else y
-
-
-def _epsilon(layer: nn.Module) -> float | None:
-    for name in ("variance_epsilon", "eps", "epsilon"):
-        if isinstance(getattr(layer, name, None), float):
-            return getattr(layer, name)
-    return None
-
-
-def _is_rms_norm(layer: nn.Module) -> bool:
-    """Looks like LlamaRMSNorm and its kin: by name, with one weight and nothing else."""
-    named = type(layer).__name__.endswith("RMSNorm") and not isinstance(layer, (nn.RMSNorm, nn.LayerNorm))
-    parameters = dict(layer.named_parameters())
-    return named and list(parameters) == ["weight"] and parameters["weight"].dim() == 1 and not any(layer.children())
-
-
-def _plan_rms_norm(layer: nn.Module) -> tuple[type, dict] | str:
-    """Runs the layer on a probe: its output says whether the weight has an offset, and which dtype comes out."""
-    if _epsilon(layer) is None or not _epsilon(layer) > 0:
-        return "its eps was not found" if _epsilon(layer) is None else f"its eps is {_epsilon(layer)}"
-    weight, forward = layer.weight, type(layer).forward
-    arguments = list(inspect.signature(forward).parameters)[1:]
-    if len(arguments) != 1:
-        return f"its forward takes more than the tensor: {', '.join(arguments)}"
-    if weight.is_meta:
-        return "is on the meta device: load the weights first"
-    x = torch.randn(4, weight.shape[0], generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    try:
-        with torch.no_grad():
-            expected, found = forward(layer, x), [forward(layer, x.to(dtype)).dtype for dtype in dtypes]
-    except Exception as error:  # another signature, or a device that is not there
-        return f"the probe failed: {type(error).__name__}: {error}"
-    promotes = found == [torch.promote_types(dtype, weight.dtype) for dtype in dtypes]
-    if not promotes and found != list(dtypes):
-        return f"gives {found} for inputs of {dtypes}, which follows no known rule"
-    limit = 1e-4 if weight.dtype == torch.float32 else 2e-2
-    for offset in (0.0, 1.0):
-        y = rms_norm(x, weight.detach(), eps=_epsilon(layer), weight_offset=offset, backend="torch")
-        if isinstance(expected, Tensor) and torch.allclose(y.float(), expected.float(), rtol=limit, atol=limit):
-            return _subclass(_RMSNormByProbe, type(layer)), {"_fastdl_rms_norm": (offset, promotes)}
-    return "does not compute an RMS norm (checked on a probe)"
-
-
-def _plan_gated(layer: nn.Module) -> tuple[type, dict] | str:
-    found = plan_gated(layer)
-    return found if isinstance(found, str) else (_subclass(GatedByProbe, type(layer)), found)
-
-
-RULES = [
-    _torch_rule("layer_norm", LayerNorm, nn.LayerNorm),
-    _torch_rule("rms_norm", RMSNorm, nn.RMSNorm),
-    Rule("rms_norm", _is_rms_norm, _plan_rms_norm),
-    Rule("swiglu", is_gated, _plan_gated),
-]
-
 # What turns off the inference fast paths of torch's modules, which would not call the layers inside them.
 _SLOW = {
     nn.TransformerEncoderLayer: {"activation_relu_or_gelu": 0},
     nn.TransformerEncoder: {"enable_nested_tensor": False, "use_nested_tensor": False},
 }
-
-# Subclasses of other packages' layers are made on demand, once, and found again by name when a model is unpickled.
-_made: dict[tuple[type, type], type] = {}
-_MIXINS = {"FusedNorm": _RMSNormByProbe, "FusedGated": GatedByProbe}
-
-
-def _subclass(mixin: type, original: type) -> type:
-    if (mixin, original) not in _made:
-        word = next(word for word, kind in _MIXINS.items() if kind is mixin)
-        name = f"{word}:{original.__module__.replace('.', '/')}:{original.__qualname__.replace('.', '/')}"
-        _made[mixin, original] = type(name, (mixin, original), {"__module__": __name__, "__qualname__": name})
-    return _made[mixin, original]
-
-
-def __getattr__(name: str) -> type:
-    word, *path = name.split(":")
-    if word in _MIXINS and len(path) == 2:
-        found = importlib.import_module(path[0].replace("/", "."))
-        for part in path[1].split("/"):
-            found = getattr(found, part)
-        return _subclass(_MIXINS[word], found)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
 
 # ---- Swapping -------------------------------------------------------------------------------------------------------
 
@@ -207,8 +89,9 @@ def accelerate(
     exclude  names to leave out
     backend  back end for the swapped layers; None: the automatic choice at each call
 
-    Known are torch's LayerNorm and RMSNorm, and RMS norms and gated MLPs (SwiGLU, GEGLU) of Hugging Face models, which
-    are checked on a probe input; of an MLP the product between its linear layers is fused.
+    Known are torch's LayerNorm, RMSNorm, GroupNorm, BatchNorm1d and BatchNorm2d, and RMS norms and gated MLPs (SwiGLU,
+    GEGLU) of Hugging Face models, which are checked on a probe input; of an MLP the product between its linear layers
+    is fused.
     A layer that stands at several places has all their names: it is taken where one matches ``only`` and none matches
     ``exclude``. torch's TransformerEncoder and its layers lose their inference fast path when a layer inside is
     swapped, because it would not be called; what padded positions hold is then, as in training, not zero.
@@ -313,7 +196,7 @@ def _plan(module: nn.Module, rule: Rule, selected: bool, backend: str | None) ->
     """What to change, or why not."""
     if _MARK in vars(module):
         return "swapped already"
-    if isinstance(module, (LayerNorm, RMSNorm, GatedMLP)):
+    if isinstance(module, FUSED):
         return "is a fused layer"
     if not selected:
         return "excluded"

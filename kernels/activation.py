@@ -140,10 +140,11 @@ def forward(
 
 @triton.jit
 def backward(
-    grad, x, bias, beta, seed, dx, bias_parts, beta_parts, rows, cols, x_stride, other_stride, channels, alpha, p, scale,
-    KIND: tl.constexpr, BIAS_BY_ROW: tl.constexpr, MASK_BY_ROW: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    grad, x, bias, beta, seed, dx, bias_parts, beta_parts, rows, cols, x_stride, other_stride, channels, alpha, p,
+    scale, KIND: tl.constexpr, BIAS_BY_ROW: tl.constexpr, MASK_BY_ROW: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
-    """bias_parts: [programs along the rows, cols], by row [rows, tiles]; beta_parts [programs along the rows, tiles]."""
+    """bias_parts: [programs along the rows, cols], by row [rows, tiles]; beta_parts [programs along rows, tiles]."""
     tile, tiles = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     col = (tile * BLOCK + tl.arange(0, BLOCK))[None, :]
     if beta is not None:
@@ -165,9 +166,8 @@ def backward(
                 columns += dt
         if beta_parts is not None:
             by_beta += tl.where(mask, d * t * t * _sigmoid_slope(t * alpha), 0.0)
-    if bias_parts is not None:
-        if not BIAS_BY_ROW:
-            tl.store(bias_parts + tl.program_id(1) * cols + col, tl.sum(columns, 0)[None, :], mask=col < cols)
+    if bias_parts is not None and not BIAS_BY_ROW:
+        tl.store(bias_parts + tl.program_id(1) * cols + col, tl.sum(columns, 0)[None, :], mask=col < cols)
     if beta_parts is not None:
         tl.store(beta_parts + tl.program_id(1) * tiles + tile, tl.sum(tl.sum(by_beta, 1), 0))
 

@@ -59,6 +59,19 @@ _TABLE: dict[str, dict[int, Config]] = {
     "activation_backward": {128: Config(8, 4, programs=8), 1024: Config(1, 4, programs=8)},
     "activation_glu": {128: Config(8, 4, programs=16), 1024: Config(1, 4, programs=16)},
     "activation_sums": {128: Config(32, 4)},
+    "group_norm_moments": {256: Config(1, 1), 1024: Config(1, 4), 4096: Config(1, 8)},
+    "group_norm_apply": {256: Config(1, 1), 1024: Config(1, 4), 4096: Config(1, 8)},
+    "group_norm_sums": {64: Config(16, 4), 256: Config(4, 4), 1024: Config(1, 4)},
+    "group_norm_dx": {256: Config(1, 1), 1024: Config(1, 4), 2048: Config(1, 8)},
+    "group_norm_parameters": {64: Config(16, 4)},
+    "batch_norm_moments_planes": {256: Config(1, 1), 1024: Config(1, 4), 4096: Config(1, 8)},
+    "batch_norm_moments_columns": {32: Config(32, 4), 128: Config(16, 4)},
+    "batch_norm_statistics": {32: Config(32, 4)},
+    "batch_norm_apply": {1024: Config(1, 4)},
+    "batch_norm_products_planes": {256: Config(1, 1), 1024: Config(1, 4), 2048: Config(1, 8)},
+    "batch_norm_products_columns": {32: Config(32, 4), 128: Config(16, 4)},
+    "batch_norm_sums": {32: Config(32, 4)},
+    "batch_norm_dx": {1024: Config(1, 4)},
 }
 
 # Where a class of architectures departs from the table.

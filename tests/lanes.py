@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import torch
 
 from fastdl import backend, emulator
+from fastdl._library import Op, twin_of
 from fastdl.ops import ROOMS
 from fastdl.testing import emulated
 
@@ -104,6 +105,12 @@ def lanes(room: str) -> list[Lane]:
     if not missing("gpu"):
         found += [Lane(f"gpu {name}", name, "cuda") for name in ("cuda", "triton") if name in backends]
     return found
+
+
+def op_of(op: Op, lane: Lane):
+    """The twin of an op that a lane calls, as torch.library.opcheck wants it."""
+    namespace, name = op.twins()[twin_of(lane.backend, torch.device(lane.device))].split("::")
+    return getattr(getattr(torch.ops, namespace), name).default
 
 
 # ---- The matrix that `make test` prints -----------------------------------------------------------------------------

@@ -42,7 +42,7 @@ FASTDL_INLINE vf vtanh(vf x) {
 // The distribution P and the density p of the standard normal at x. With z = |x| / sqrt(2) and t = 1 / (1 + z / 2):
 // P(-|x|) = exp(-z^2) t Q(t) / 2, where Q is a polynomial with a relative error of 4e-8.
 FASTDL_INLINE void vnormal(vf x, vf* distribution, vf* density) {
-  constexpr float c[] = {0.282116989f,   0.281875905f, 0.246528046f, 0.189790723f,  0.00262060095f,
+  constexpr float c[] = {0.282116989f, 0.281875905f,  0.246528046f, 0.189790723f,  0.00262060095f,
                          0.237062307f, -0.452397304f, 0.26818388f,  -0.0557811786f};
   const vf one = vset1(1.0f), zero = vset1(0.0f), square = vmul(vmul(x, x), vset1(0.5f));
   const vf e = vselect_le(vset1(87.0f), square, zero, vexp(vsub(zero, square)));

@@ -117,8 +117,9 @@ ThreeTensors activation_backward(const Tensor& grad, const Tensor& x, const Opti
   const bool by_column = need_bias && !t.channels, by_row = need_bias && t.channels;
   const Blocks blocks(t.x.count, t.x.cols, by_column ? MOST_ROW_PARTS : t.x.count);
   const int64_t bias_at = bias_bytes(t);
-  const int64_t sums_bytes =
-      padded(4 * (by_column ? blocks.row_parts * blocks.cols : by_row ? blocks.rows * blocks.col_parts : 0));
+  const int64_t sums_bytes = padded(4 * (by_column ? blocks.row_parts * blocks.cols
+                                         : by_row  ? blocks.rows * blocks.col_parts
+                                                   : 0));
   const Scratch memory(bias_at + sums_bytes + padded(need_beta ? 4 * blocks.count() : 0));
   ActivationArgs a = activation_args(t, beta, seed, x, kind, alpha, p, reinterpret_cast<float*>(memory.data));
   a.other = t.other.tensor.const_data_ptr();

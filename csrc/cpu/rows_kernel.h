@@ -127,7 +127,7 @@ void dispatch(int format, const Body& body) {
 }
 
 // to[c] = from[c] + offset in float32.
-void to_floats(const void* from, int format, float offset, int64_t cols, float* to) {
+inline void to_floats(const void* from, int format, float offset, int64_t cols, float* to) {
   dispatch(format, [&](auto type) {
     using T = decltype(type);
     for_row(cols, [&](int64_t k, const auto& part, auto) {

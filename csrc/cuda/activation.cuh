@@ -288,7 +288,8 @@ struct Constant {
 template <class T, class Body>
 cudaError_t with_plan(const ElementPlan& plan, const Body& body) {
   constexpr int N = 16 / sizeof(T);
-  if (plan.vector == N) return plan.threads == 32 ? body(Constant<N>{}, Constant<32>{}) : body(Constant<N>{}, Constant<256>{});
+  if (plan.vector == N)
+    return plan.threads == 32 ? body(Constant<N>{}, Constant<32>{}) : body(Constant<N>{}, Constant<256>{});
   return plan.threads == 32 ? body(Constant<1>{}, Constant<32>{}) : body(Constant<1>{}, Constant<256>{});
 }
 
@@ -297,8 +298,8 @@ cudaError_t activation_forward_launch(const Activation<T>& a, cudaStream_t strea
   if (a.rows == 0) return cudaSuccess;
   const ElementPlan plan = activation_plan(a);
   return with_plan<T>(plan, [&](auto n, auto threads) {
-    return launch(activation_forward_tiles<T, decltype(n)::value, decltype(threads)::value>, plan.grid(), plan.block(), 0,
-                  stream, a);
+    return launch(activation_forward_tiles<T, decltype(n)::value, decltype(threads)::value>, plan.grid(), plan.block(),
+                  0, stream, a);
   });
 }
 
@@ -308,8 +309,8 @@ cudaError_t activation_backward_launch(const Activation<T>& a, const ElementPlan
                                        cudaStream_t stream) {
   if (a.rows == 0) return cudaSuccess;
   cudaError_t error = with_plan<T>(plan, [&](auto n, auto threads) {
-    return launch(activation_backward_tiles<T, decltype(n)::value, decltype(threads)::value>, plan.grid(), plan.block(), 0,
-                  stream, a);
+    return launch(activation_backward_tiles<T, decltype(n)::value, decltype(threads)::value>, plan.grid(), plan.block(),
+                  0, stream, a);
   });
   if (error == cudaSuccess && a.columns)
     error = launch(sum_partials, dim3(static_cast<unsigned>((a.cols + 31) / 32), 1), dim3(32, 8), 0, stream,

@@ -71,7 +71,8 @@ inline __global__ void __launch_bounds__(256)
   const int64_t c = static_cast<int64_t>(blockIdx.x) * 8 + threadIdx.y;
   if (c >= channels) return;  // a whole warp, and no block barrier here
   float sum = 0.0f;
-  for (int64_t k = threadIdx.x; k < outer * inner; k += 32) sum += partial[(k / inner * channels + c) * inner + k % inner];
+  for (int64_t k = threadIdx.x; k < outer * inner; k += 32)
+    sum += partial[(k / inner * channels + c) * inner + k % inner];
   sum = warp_sum(sum);
   if (threadIdx.x == 0) out[c] = sum;
 }

@@ -1,7 +1,19 @@
 """Drop-in modules, one file a room."""
 
 from .activation import Activation, GatedMLP
+from .batch_norm import BatchNorm1d, BatchNorm2d
+from .group_norm import GroupNorm
 from .norm import LayerNorm, RMSNorm
 from .quant_matmul import QuantEmbedding, QuantLinear
 
-__all__ = ["Activation", "GatedMLP", "LayerNorm", "QuantEmbedding", "QuantLinear", "RMSNorm"]
+__all__ = [
+    "Activation",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "GatedMLP",
+    "GroupNorm",
+    "LayerNorm",
+    "QuantEmbedding",
+    "QuantLinear",
+    "RMSNorm",
+]

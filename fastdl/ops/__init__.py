@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 from .activation import activation, geglu, swiglu
 from .attention import attention
+from .batch_norm import batch_norm
 from .decoder_block import DecoderLayer, DecoderStack, decoder_blocks
+from .group_norm import group_norm
 from .norm import layer_norm, rms_norm
 from .quant_matmul import auto_activation, quant_embedding, quant_matmul, quantize
 from .rope import rope, rope_table
@@ -33,6 +35,8 @@ ROOMS: dict[str, Room] = {
     ),
     "decoder_block": Room(("decoder_blocks", "DecoderStack", "DecoderLayer"), ("cpu",)),
     "norm": Room(("layer_norm", "rms_norm"), ("cpu", "cuda", "triton"), ("LayerNorm", "RMSNorm")),
+    "group_norm": Room(("group_norm",), ("cpu", "cuda", "triton"), ("GroupNorm",)),
+    "batch_norm": Room(("batch_norm",), ("cpu", "cuda", "triton"), ("BatchNorm1d", "BatchNorm2d")),
     "rope": Room(("rope", "rope_table")),
     "attention": Room(("attention",)),
     "activation": Room(("activation", "swiglu", "geglu"), ("cpu", "cuda", "triton"), ("Activation", "GatedMLP")),
@@ -46,8 +50,10 @@ __all__ = [
     "activation",
     "attention",
     "auto_activation",
+    "batch_norm",
     "decoder_blocks",
     "geglu",
+    "group_norm",
     "layer_norm",
     "quant_embedding",
     "quant_matmul",

@@ -138,8 +138,8 @@ def activation(
     """``residual + dropout(f(x + bias))`` in one pass.
 
     x                [...], float32, bfloat16, float16 (float64: torch back end); any strides
-    kind             "relu", "leaky_relu", "gelu" (exact, by erf), "gelu_tanh", "swish" or "silu" (``t * sigmoid(beta * t)``),
-                     "tanh", "sigmoid", "identity"
+    kind             "relu", "leaky_relu", "gelu" (exact, by erf), "gelu_tanh", "swish" or "silu"
+                     (``t * sigmoid(beta * t)``), "tanh", "sigmoid", "identity"
     bias             [x.shape[channel_dim]], floating, or None
     slope            of leaky_relu where t <= 0
     beta             of swish: a number, or a floating tensor with one element, which then gets a gradient
@@ -161,8 +161,8 @@ def activation(
     >>> ops.activation(image, "relu", torch.zeros(8), dropout_p=0.5, channel_dropout=True, channel_dim=1).shape
     torch.Size([2, 8, 5, 5])
 
-    Source: Hendrycks and Gimpel (2016) for GELU; Ramachandran et al. (2017) for swish; Tompson et al., "Efficient Object
-    Localization Using Convolutional Networks" (2015) for dropout of channels.
+    Source: Hendrycks and Gimpel (2016) for GELU; Ramachandran et al. (2017) for swish; Tompson et al., "Efficient
+    Object Localization Using Convolutional Networks" (2015) for dropout of channels.
     """
     number = _check(x, kind, bias, slope, beta, residual, dropout_p, channel_dropout, channel_dim)
     if residual is not None and residual.dtype != x.dtype:
@@ -192,8 +192,8 @@ def activation(
 def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
     """The gated product of a SwiGLU layer: ``silu(gate) * up``, with ``silu(t) = t * sigmoid(t)``.
 
-    gate, up  [...], float32, bfloat16, float16 (float64: torch back end), of one shape, dtype and device; any strides, so
-              that the halves of one product (``t.chunk(2, -1)``) are not copied
+    gate, up  [...], float32, bfloat16, float16 (float64: torch back end), of one shape, dtype and device; any strides,
+              so that the halves of one product (``t.chunk(2, -1)``) are not copied
     backend   None or "auto", "cpu", "cuda", "triton", "torch"
 
     Returns a tensor like gate. Differentiable twice. Raises TypeError or ValueError naming the argument;

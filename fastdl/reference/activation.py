@@ -84,7 +84,7 @@ def _normal(t: Tensor) -> Tensor:
 
 
 def _wide(x: Tensor, bias: Tensor | None, inner: int) -> Tensor:
-    """x + bias in the compute dtype. bias runs over the dimension that has ``inner`` elements behind each of its own."""
+    """x + bias in the compute dtype; bias runs over the dimension with ``inner`` elements behind each of its own."""
     t = x.to(compute_dtype(x.dtype))
     if bias is None:
         return t
@@ -111,7 +111,7 @@ def activation_forward(
     inner: int,
     by_channel: bool,
 ) -> Tensor:
-    """x, residual [..., channels, *inner]; bias [channels]; beta [1], which replaces alpha; seed int64 [1] -> y like x."""
+    """x, residual [..., channels, *inner]; bias [channels]; beta [1], in place of alpha; seed int64 [1] -> y like x."""
     t = _wide(x, bias, inner)
     y = _dropout(value(kind, t, alpha if beta is None else beta.to(t.dtype)), seed, p, inner, by_channel)
     if residual is not None:

@@ -77,8 +77,8 @@ def norm_inference(
     rms: bool,
     need_sum: bool,
 ) -> tuple[Tensor, Tensor]:
-    """norm_forward without dropout and without what only a backward pass reads -> y [..., cols], s [..., cols] ([0] where
-    s is x or not asked for)."""
+    """norm_forward without dropout and without what only a backward pass reads -> y [..., cols], s [..., cols] ([0]
+    where s is x or not asked for)."""
     y, s, _, _ = norm_forward(x, residual, weight, bias, None, 0.0, eps, offset, rms)
     return y, (s if need_sum else x.new_empty(0))
 

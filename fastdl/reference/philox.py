@@ -44,6 +44,6 @@ def keep_mask(seed: Tensor, shape: torch.Size | tuple[int, ...], p: float) -> Te
 
 
 def dropout(x: Tensor, seed: Tensor, p: float, shape: torch.Size | tuple[int, ...] | None = None) -> Tensor:
-    """x / (1 - p) where kept, else 0. x in the dtype it is computed in; shape: of the mask, where it is broadcast to x."""
+    """x / (1 - p) where kept, else 0. x in the dtype it is computed in; shape: of the mask, which is broadcast to x."""
     scale = 0.0 if p >= 1 else 1.0 / (1.0 - p)
     return torch.where(keep_mask(seed, x.shape if shape is None else shape, p), x * scale, torch.zeros_like(x))

@@ -1,0 +1,65 @@
+"""One comparison with torch's own ops: both sides checked against float64, then timed in turn, then recorded.
+
+Used by bench_group_norm.py and bench_batch_norm.py, whose sides are calls that return tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+import fastdl
+from bench.accuracy import IncorrectResult, relative_error
+from bench.timing import calls_for, paired_ratio, seconds_per_call, spread, take_turns
+
+Side = Callable[[], Sequence[torch.Tensor]]
+ALLOWED = {"fp32": 1e-5, "bf16": 1e-2}  # relative error of fastdl, norm over norm
+PEER_ALLOWED = 0.1
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def with_gradients(function: Callable[..., torch.Tensor], tensors: Sequence[torch.Tensor], grad: torch.Tensor) -> Side:
+    """The call that returns function(*tensors) and its gradients for all of them."""
+
+    def call() -> Sequence[torch.Tensor]:
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        y = function(*leaves)
+        return y, *torch.autograd.grad(y, leaves, grad)
+
+    return call
+
+
+def compare(
+    benchmark, recorder, rounds: int, bench: str, facts: Mapping, sides: Mapping[str, Side], exact, moved: int
+) -> None:
+    """Check, time and record the sides "fastdl" and "torch".
+
+    facts   kind, shape and dtype ("fp32", "bf16"), for the record
+    exact   the answer in float64
+    moved   bytes that the op must read and write
+    """
+    errors = {}
+    for name, side in sides.items():
+        pairs = zip(exact, side(), strict=True)
+        errors[name] = max(relative_error(e.detach().numpy(), got.detach().double().numpy()) for e, got in pairs)
+        allowed = ALLOWED[facts["dtype"]] if name == "fastdl" else PEER_ALLOWED
+        if not errors[name] <= allowed:
+            raise IncorrectResult(f"{name}: relative error {errors[name]:.3g} above {allowed}: not timed")
+    calls = {name: calls_for(side) for name, side in sides.items()}
+    turns = {name: lambda side=side, n=calls[name]: seconds_per_call(side, n) for name, side in sides.items()}
+    seconds = take_turns(turns, rounds, benchmark)
+    level = fastdl.backend.cpu_level()
+    read = recorder.limits[str(recorder.threads)]["read_2000MB" if moved > 32e6 else "read_100MB"]
+    record = {"level": level, **facts, "missing": [], "ratio": paired_ratio(seconds["torch"], seconds["fastdl"])}
+    record["sides"] = {
+        name: {
+            "seconds": spread(values),
+            "relative_error": float(f"{errors[name]:.3g}"),
+            "gb_per_s": round(moved / spread(values)["median"] / 1e9, 2),
+            "share_of_read_limit": round(moved / spread(values)["median"] / 1e9 / read, 3),
+        }
+        for name, values in seconds.items()
+    }
+    size = "x".join(map(str, facts["shape"]))
+    recorder.add(bench, f"{level}/{facts['kind']}/{size}/{facts['dtype']}", record)
