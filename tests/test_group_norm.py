@@ -129,6 +129,16 @@ def test_strided_inputs(lane):
         check(ours, (x.detach().requires_grad_(), weight.requires_grad_()), peer=theirs)
 
 
+def test_the_output_may_be_written_to(lane):
+    """As ReLU(inplace=True) does behind a norm."""
+    x = torch.randn(3, 4, 5, device=lane.device, requires_grad=True)
+    ours, theirs = ops.group_norm(x * 1, 2, backend=lane.backend).relu_(), F.group_norm(x, 2).relu_()
+    for a, b in zip(
+        (ours, *torch.autograd.grad(ours, x, x)), (theirs, *torch.autograd.grad(theirs, x, x)), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_nan_and_inf_go_through(lane):
     x = torch.randn(3, 4, 8, device=lane.device)
     x[0, 0, 3], x[1, 2, 4], x[2, :2] = float("nan"), float("inf"), 0.0
