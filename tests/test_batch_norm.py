@@ -159,6 +159,19 @@ def test_strided_inputs(lane):
     assert dx.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_the_output_may_be_written_to(lane):
+    """As ReLU(inplace=True) does behind a norm."""
+    x = torch.randn(3, 4, 5, device=lane.device, requires_grad=True)
+    ours, theirs = (
+        ops.batch_norm(x * 1, training=True, backend=lane.backend).relu_(),
+        F.batch_norm(x, None, None, training=True).relu_(),
+    )
+    for a, b in zip(
+        (ours, *torch.autograd.grad(ours, x, x)), (theirs, *torch.autograd.grad(theirs, x, x)), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_nan_and_inf_go_through(lane):
     for shape in ((3, 5, 8), (2, 5, 40)):
         x = torch.randn(shape, device=lane.device)

@@ -18,6 +18,7 @@ F = torch.nn.functional
 SHAPES = [
     ((1, 2), 1),
     ((2, 12), 3),
+    ((2, 80), 2),
     ((0, 4, 5), 2),
     ((2, 4, 0), 2),
     ((3, 4, 7), 4),
@@ -126,6 +127,16 @@ def test_strided_inputs(lane):
     ):
         weight = torch.randn(x.shape[1], device=lane.device)
         check(ours, (x.detach().requires_grad_(), weight.requires_grad_()), peer=theirs)
+
+
+def test_the_output_may_be_written_to(lane):
+    """As ReLU(inplace=True) does behind a norm."""
+    x = torch.randn(3, 4, 5, device=lane.device, requires_grad=True)
+    ours, theirs = ops.group_norm(x * 1, 2, backend=lane.backend).relu_(), F.group_norm(x, 2).relu_()
+    for a, b in zip(
+        (ours, *torch.autograd.grad(ours, x, x)), (theirs, *torch.autograd.grad(theirs, x, x)), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_nan_and_inf_go_through(lane):

@@ -19,7 +19,7 @@ def small() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1, bias=False),
         nn.BatchNorm2d(8),
-        nn.ReLU(),
+        nn.ReLU(inplace=True),
         nn.Conv2d(8, 8, 3, stride=2),
         nn.GroupNorm(4, 8),
         nn.Flatten(),

@@ -59,6 +59,25 @@ void forward(const GroupNormForwardArgs& a, int64_t row0, int64_t row1, float* s
   }
 }
 
+// Over the positions of each of a group's channels: the sums of grad and of grad * h.
+template <class T>
+void channel_products(const GroupNormBackwardArgs& a, const typename T::Element* grad, const typename T::Element* x,
+                      float mean, float rstd, float* sum, float* product) {
+  if (a.spatial == 1) {
+    for_row(a.width, [&](int64_t c, const auto& part, auto) FASTDL_STEP {
+      const vf g = part.template load<T>(grad + c), d = vsub(part.template load<T>(x + c), vset1(mean));
+      part.template store<F32>(sum + c, g);
+      part.template store<F32>(product + c, vmul(vmul(g, d), vset1(rstd)));
+    });
+    return;
+  }
+  for (int64_t c = 0; c < a.width; ++c) {
+    const Sums sums = run_products<T>(grad + c * a.spatial, nullptr, x + c * a.spatial, a.spatial, mean);
+    sum[c] = (float)sums.first;
+    product[c] = (float)(sums.second * rstd);
+  }
+}
+
 template <class T>
 void backward(const GroupNormBackwardArgs& a, int64_t row0, int64_t row1, float* scratch) {
   using Element = typename T::Element;
@@ -72,17 +91,14 @@ void backward(const GroupNormBackwardArgs& a, int64_t row0, int64_t row1, float*
     const auto factor = [&](int64_t c) {
       return (a.scale ? a.scale[image + c] : 1.0f) * (a.weight ? a.weight[channel + c] : 1.0f);
     };
+    channel_products<T>(a, grad, x, mean, rstd, a.sum + image, a.product + image);
     double sum = 0.0, product = 0.0;
     for (int64_t c = 0; c < a.width; ++c) {
-      const Sums sums = run_products<T>(grad + c * a.spatial, nullptr, x + c * a.spatial, a.spatial, mean);
-      a.sum[image + c] = (float)sums.first;
-      a.product[image + c] = (float)(sums.second * rstd);
-      sum += factor(c) * sums.first;
-      product += factor(c) * sums.second;
+      sum += factor(c) * a.sum[image + c];
+      product += factor(c) * a.product[image + c];
     }
     // rstd * (g - mean(g) - h * mean(g * h))
-    const float pull = (float)(-product / (double)size * rstd * rstd * rstd),
-                shift = (float)(-sum / (double)size * rstd);
+    const float pull = (float)(-product / (double)size * rstd * rstd), shift = (float)(-sum / (double)size * rstd);
     lay_out(a.width, a.spatial, scratch, [&](int64_t c) { return factor(c) * rstd; });
     if (a.spatial < GROUP_NORM_SHORT) {
       run_gradient<T>(grad, nullptr, x, dx, nullptr, size, One{mean}, Each{scratch}, One{pull}, One{shift});

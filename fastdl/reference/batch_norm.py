@@ -18,20 +18,21 @@ from torch import Tensor
 from .norm import compute_dtype
 
 
+def per_channel(t: Tensor, x: Tensor) -> Tensor:
+    """t [C] in the compute dtype, to be multiplied with x [N, C, *]."""
+    return t.to(compute_dtype(x.dtype)).reshape(-1, *[1] * (x.dim() - 2))
+
+
+def channel_sums(t: Tensor) -> Tensor:
+    """t [N, C, *] -> [C]"""
+    return t.sum([d for d in range(t.dim()) if d != 1])
+
+
 def statistics(t: Tensor) -> tuple[Tensor, Tensor]:
-    """t [N, C, S] -> mean, var (biased) [C]; zeros where there is nothing."""
-    if not t.numel():
-        return t.new_zeros(t.shape[1]), t.new_zeros(t.shape[1])
-    mean = t.mean((0, 2))
-    return mean, (t - mean[:, None]).square().mean((0, 2))
-
-
-def images(x: Tensor) -> Tensor:
-    """x [N, C, *] -> [N, C, S] in the compute dtype."""
-    spatial = 1
-    for size in x.shape[2:]:
-        spatial *= size
-    return x.to(compute_dtype(x.dtype)).reshape(x.shape[0], x.shape[1], spatial)
+    """t [N, C, *] in the compute dtype -> mean, var (biased) [C]; zeros where there is nothing."""
+    count = max(t.numel() // t.shape[1], 1)
+    mean = channel_sums(t) / count
+    return mean, channel_sums((t - per_channel(mean, t)).square()) / count
 
 
 def batch_norm_forward(
@@ -46,20 +47,19 @@ def batch_norm_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x, residual [N, C, *]; weight, bias [C]; mean, var [C], or None: those of the batch -> y [N, C, *], and the mean
     and biased variance of the batch [C] ([0] where they were given)."""
-    t = images(x)
-    none = t.new_empty(0), t.new_empty(0)
-    found = statistics(t) if mean is None or var is None else none
+    t = x.to(compute_dtype(x.dtype))
+    found = statistics(t) if mean is None or var is None else (t.new_empty(0), t.new_empty(0))
     m, v = found if mean is None or var is None else (mean.to(t.dtype), var.to(t.dtype))
-    y = (t - m[:, None]) * torch.rsqrt(v + eps)[:, None]
+    y = (t - per_channel(m, t)) * per_channel(torch.rsqrt(v + eps), t)
     if weight is not None:
-        y = y * weight.to(t.dtype)[:, None]
+        y = y * per_channel(weight, t)
     if bias is not None:
-        y = y + bias.to(t.dtype)[:, None]
+        y = y + per_channel(bias, t)
     if residual is not None:
-        y = y + images(residual)
+        y = y + residual.to(t.dtype)
     if relu:
         y = y.relu()
-    return y.to(x.dtype).reshape(x.shape).contiguous(), *found
+    return y.to(x.dtype).contiguous(), *found
 
 
 def batch_norm_backward(
@@ -84,22 +84,22 @@ def batch_norm_backward(
         training    dx = weight * rstd * (g - mean(g) - h * mean(g * h))
         evaluation  dx = weight * rstd * g
     """
-    t, g = images(x), images(grad)
+    t, g = (z.to(compute_dtype(x.dtype)) for z in (x, grad))
     if y is not None:
-        g = torch.where(images(y) <= 0, torch.zeros_like(g), g)
+        g = torch.where(y <= 0, torch.zeros_like(g), g)
     m, v = statistics(t) if training else (mean.to(t.dtype), var.to(t.dtype))
-    rstd = torch.rsqrt(v + eps)[:, None]
-    h = (t - m[:, None]) * rstd
-    dweight, dbias = (g * h).sum((0, 2)), g.sum((0, 2))
+    rstd = torch.rsqrt(v + eps)
+    h = (t - per_channel(m, t)) * per_channel(rstd, t)
+    dweight, dbias = channel_sums(g * h), channel_sums(g)
     dx = g
     if training and t.numel():
         count = t.numel() // t.shape[1]
-        dx = g - (dbias / count)[:, None] - h * (dweight / count)[:, None]
-    dx = dx * rstd if weight is None else dx * (rstd * weight.to(t.dtype)[:, None])
+        dx = g - per_channel(dbias / count, t) - h * per_channel(dweight / count, t)
+    dx = dx * per_channel(rstd if weight is None else rstd * weight.to(t.dtype), t)
     none = t.new_empty(0)
     return (
-        dx.to(x.dtype).reshape(x.shape).contiguous(),
-        g.to(x.dtype).reshape(x.shape).contiguous() if need_residual else x.new_empty(0),
+        dx.to(x.dtype).contiguous(),
+        g.to(x.dtype).contiguous() if need_residual else x.new_empty(0),
         dweight if need_weight else none,
         dbias if need_bias else none.clone(),
     )

@@ -19,24 +19,29 @@ from .norm import compute_dtype
 
 
 def channels(t: Tensor | None, x: Tensor, fill: float) -> Tensor:
-    """[C] or [N, C] -> [1 or N, C, 1] in the compute dtype of x; ``fill`` where there is none."""
-    wide = compute_dtype(x.dtype)
+    """[C] or [N, C] -> [1 or N, C, 1, ...] in the compute dtype of x; ``fill`` where there is none."""
+    wide, ones = compute_dtype(x.dtype), [1] * (x.dim() - 2)
     if t is None:
-        return torch.full((1, 1, 1), fill, dtype=wide, device=x.device)
-    return t.to(wide).reshape(-1, t.shape[-1], 1)
+        return torch.full((1, 1, *ones), fill, dtype=wide, device=x.device)
+    return t.to(wide).reshape(-1, t.shape[-1], *ones)
+
+
+def grouped(t: Tensor, groups: int) -> Tensor:
+    """t [N, C, *] -> [N, groups, elements of a group]"""
+    return t.reshape(t.shape[0], groups, t[:1].numel() // groups if t.shape[0] else 1)
 
 
 def normalized(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """x [N, C, *] -> h [N, C, S] in the compute dtype, mean [N, groups], rstd [N, groups]."""
-    n, c = x.shape[:2]
-    t = x.to(compute_dtype(x.dtype)).reshape(n, groups, x[:1].numel() // groups if n else 1)
+    """x [N, C, *] -> h [N, C, *] in the compute dtype, mean [N, groups], rstd [N, groups]."""
+    t = x.to(compute_dtype(x.dtype))
     if not x.numel():
-        zeros = t.new_zeros(n, groups)
-        return t.new_zeros(n, c, 0), zeros, zeros.clone()
-    mean = t.mean(-1)
-    apart = t - mean[..., None]
+        zeros = t.new_zeros(x.shape[0], groups)
+        return torch.zeros_like(t), zeros, zeros.clone()
+    g = grouped(t, groups)
+    mean = g.mean(-1)
+    apart = g - mean[..., None]
     rstd = torch.rsqrt(apart.square().mean(-1) + eps)
-    return (apart * rstd[..., None]).reshape(n, c, -1), mean, rstd
+    return (apart * rstd[..., None]).reshape(x.shape), mean, rstd
 
 
 def group_norm_forward(
@@ -52,7 +57,7 @@ def group_norm_forward(
     h, mean, rstd = normalized(x, groups, eps)
     y = h * channels(weight, x, 1.0) + channels(bias, x, 0.0)
     y = y * channels(scale, x, 1.0) + channels(shift, x, 0.0)
-    return y.to(x.dtype).reshape(x.shape).contiguous(), mean, rstd
+    return y.to(x.dtype).contiguous(), mean, rstd
 
 
 def group_norm_backward(
@@ -78,20 +83,20 @@ def group_norm_backward(
         P  = sum of grad over positions,  Q = sum of grad * h over positions                      [N, C]
         dweight = sum_n(scale * Q),  dbias = sum_n(scale * P),  dscale = weight * Q + bias * P,  dshift = P
     """
-    n = x.shape[0]
     h, _, rstd = normalized(x, groups, eps)
-    d = grad.to(h.dtype).reshape(h.shape)
+    d, (n, c) = grad.to(h.dtype), x.shape[:2]
     w, b, s = channels(weight, x, 1.0), channels(bias, x, 0.0), channels(scale, x, 1.0)
-    p, q = d.sum(-1), (d * h).sum(-1)
+    positions = x.numel() // max(n * c, 1)
+    p, q = (t.reshape(n, c, positions).sum(-1) for t in (d, d * h))
+    dx = d * (s * w)
     if x.numel():
-        g, u = ((d * (s * w)).reshape(n, groups, -1), h.reshape(n, groups, -1))
-        dx = (g - g.mean(-1, keepdim=True) - u * (g * u).mean(-1, keepdim=True)) * rstd[..., None]
-    else:
-        dx = d
+        g, u = grouped(dx, groups), grouped(h, groups)
+        inner = g - g.mean(-1, keepdim=True) - u * (g * u).mean(-1, keepdim=True)
+        dx = (inner * rstd[..., None]).reshape(x.shape).clone()  # a view of an op's output could not be written to
     none = h.new_empty(0)
-    s, w, b = s[..., 0], w[..., 0], b[..., 0]
+    s, w, b = (t.reshape(t.shape[:2]) for t in (s, w, b))
     return (
-        dx.to(x.dtype).reshape(x.shape).contiguous(),
+        dx.to(x.dtype).contiguous(),
         (s * q).sum(0) if need_weight else none,
         (s * p).sum(0) if need_bias else none.clone(),
         (w * q + b * p) if need_scale else none.clone(),
