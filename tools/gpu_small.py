@@ -63,7 +63,90 @@ def norm(device: str, shapes: Sequence[tuple[int, int]] = NORM) -> int:
     return number
 
 
-CASES: dict[str, Callable[[str], int]] = {"norm": norm}  # room -> function(device), returns how many cases it ran
+def gradients(outputs: Tensor, leaves: Sequence[Tensor], grad: Tensor) -> Result:
+    return outputs, *torch.autograd.grad(outputs, leaves, grad)
+
+
+def group_norm(device: str) -> int:
+    """Small and large groups, with and without the scale and shift of AdaGN."""
+    number = 0
+    shapes = ((0, 4, 3), (1, 6, 5), (3, 6, 7), (2, 8, 4, 4), (2, 4, 64, 48), (1, 32, 5000))
+    for shape, extras, dtype in itertools.product(shapes, (False, True), (torch.float32, torch.bfloat16)):
+
+        def run(backend, shape=shape, extras=extras, dtype=dtype):
+            x, grad = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+            weight, bias = (torch.randn(shape[1], device=device).to(dtype) for _ in range(2))
+            scale, shift = (torch.randn(shape[:2], device=device).to(dtype) for _ in range(2))
+            leaves = [t.requires_grad_() for t in ((x, weight, bias, scale, shift) if extras else (x,))]
+            options = {"weight": weight, "bias": bias, "scale": scale, "shift": shift} if extras else {}
+            return gradients(ops.group_norm(x, 2, **options, backend=backend), leaves, grad)
+
+        compare(f"group_norm {shape} {dtype}", run, 1e-4 if dtype == torch.float32 else 5e-2)
+        number += 1
+    return number
+
+
+def batch_norm(device: str) -> int:
+    """Training and evaluation, contiguous and channels last, with and without residual and ReLU."""
+    number = 0
+    shapes = ((5, 7), (3, 5, 7), (2, 6, 4, 4), (2, 2, 130, 129), (700, 40))
+    for shape, extras, training in itertools.product(shapes, (False, True), (False, True)):
+        for dtype in (torch.float32, torch.bfloat16):
+
+            def run(backend, shape=shape, extras=extras, training=training, dtype=dtype):
+                x, residual, grad = (torch.randn(shape, device=device).to(dtype) for _ in range(3))
+                if extras and len(shape) == 4:
+                    x = x.to(memory_format=torch.channels_last)
+                weight, bias, mean = (torch.randn(shape[1], device=device) for _ in range(3))
+                leaves = [t.requires_grad_() for t in ((x, weight, bias, residual) if extras else (x, weight, bias))]
+                options = {"residual": residual, "relu": True} if extras else {}
+                options |= {"training": training, "backend": backend}
+                return gradients(ops.batch_norm(x, mean, mean.abs() + 1, weight, bias, **options), leaves, grad)
+
+            # A ReLU decides by the sign: results near 0 may fall on either side.
+            compare(f"batch_norm {shape} {dtype}", run, 1e-4 if dtype == torch.float32 else 5e-2)
+            number += 1
+    return number
+
+
+def activation(device: str) -> int:
+    """Every kind, by column and by row, with bias, dropout and residual; gated products of halves."""
+    number = 0
+    kinds = ("relu", "leaky_relu", "gelu", "gelu_tanh", "swish", "tanh", "sigmoid", "identity")
+    layouts = (((3, 7), -1), ((70, 40), -1), ((2, 1100), -1), ((2, 3, 5, 4), 1), ((1, 2, 300), 1))
+    for kind, (shape, dim), dtype in itertools.product(kinds, layouts, (torch.float32, torch.bfloat16)):
+
+        def run(backend, kind=kind, shape=shape, dim=dim, dtype=dtype):
+            x, residual, grad = (torch.randn(shape, device=device).to(dtype) for _ in range(3))
+            bias = torch.randn(shape[dim], device=device).to(dtype)
+            beta = torch.ones(1, device=device)
+            leaves = [
+                t.requires_grad_() for t in ((x, residual, bias, beta) if kind == "swish" else (x, residual, bias))
+            ]
+            options = {"beta": beta} if kind == "swish" else {}
+            options |= {"residual": residual, "dropout_p": 0.3, "channel_dim": dim, "channel_dropout": len(shape) == 4}
+            return gradients(ops.activation(x, kind, bias, **options, backend=backend), leaves, grad)
+
+        compare(f"activation {kind} {shape} {dtype}", run, 1e-3 if dtype == torch.float32 else 5e-2)
+        number += 1
+    for function, shape in itertools.product((ops.swiglu, ops.geglu), ((3, 14), (5, 128), (2, 2200))):
+
+        def run(backend, function=function, shape=shape):
+            product = torch.randn(shape, device=device).requires_grad_()
+            y = function(*product.chunk(2, -1), backend=backend)
+            return gradients(y, [product], torch.ones_like(y))
+
+        compare(f"{function.__name__} {shape}", run, 1e-4)
+        number += 1
+    return number
+
+
+CASES: dict[str, Callable[[str], int]] = {  # room -> function(device), returns how many cases it ran
+    "norm": norm,
+    "group_norm": group_norm,
+    "batch_norm": batch_norm,
+    "activation": activation,
+}
 
 
 def main() -> int:

@@ -25,7 +25,7 @@ def per_channel(t: Tensor, x: Tensor) -> Tensor:
 
 def channel_sums(t: Tensor) -> Tensor:
     """t [N, C, *] -> [C]"""
-    return t.sum([d for d in range(t.dim()) if d != 1])
+    return t.sum([d for d in range(t.dim()) if d != 1], dtype=torch.float64).to(t.dtype)  # long sums lose no digits
 
 
 def statistics(t: Tensor) -> tuple[Tensor, Tensor]:
