@@ -4,12 +4,17 @@
 
 The figures follow from registers as `make triton-compile` prints them, not from timings: 8 to 32 elements of a row a
 thread, no spills, and as many programs as a multiprocessor's 65,536 registers hold at once. A tile has at least 1024
-elements, so that narrow rows share a program. Triton is not imported here.
+elements, so that narrow rows share a program. What was timed on a GPU stands in tuned.py and goes before this table; it
+is written by tools/triton_tune.py, which nobody but you runs. Triton is not imported here.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
+
+from .tuned import TUNED
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)  # compute capabilities that tools/triton_compile.py compiles for
 
@@ -85,14 +90,36 @@ _DEPARTURES: dict[str, dict[tuple[str, int], Config]] = {
 }
 
 
-def config(kernel: str, cc: int | None, block: int) -> Config:
-    """The configuration of a kernel for tiles ``block`` wide.
+_overrides: dict[tuple[str, int], Config] = {}
 
-    cc   compute capability: 90 for 9.0; an unknown one counts as the last before it; None when interpreted
-    """
+
+def architecture(cc: int | None) -> str | None:
+    """The class of a compute capability (90 for 9.0), e.g. "hopper"; an unknown one counts as the last before it."""
     known = [name for first, name in _CLASSES.items() if cc is not None and first <= cc]
-    departures = _DEPARTURES.get(known[-1], {}) if known else {}
-    return departures.get((kernel, block)) or _TABLE[kernel][block]
+    return known[-1] if known else None
+
+
+def config(kernel: str, cc: int | None, block: int) -> Config:
+    """The configuration of a kernel for tiles ``block`` wide. cc: compute capability; None when interpreted."""
+    key, name = (kernel, block), architecture(cc)
+    if key in _overrides:
+        return _overrides[key]
+    if name is not None and key in TUNED.get(name, {}):
+        return Config(*TUNED[name][key])
+    return _DEPARTURES.get(name or "", {}).get(key) or _TABLE[kernel][block]
+
+
+@contextlib.contextmanager
+def override(kernel: str, block: int, chosen: Config) -> Iterator[None]:
+    """Inside, ``config`` gives ``chosen`` for a kernel and tile: how tools/triton_tune.py tries one."""
+    before = _overrides.get((kernel, block))
+    _overrides[kernel, block] = chosen
+    try:
+        yield
+    finally:
+        del _overrides[kernel, block]
+        if before is not None:
+            _overrides[kernel, block] = before
 
 
 def kernels() -> tuple[str, ...]:
