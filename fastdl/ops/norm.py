@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from .. import backend as backends
-from .._library import Op, gradient_of, triton_twin, twin_of
+from .._library import Op, gradient_of, is_compiling, is_grad_enabled, transformed, triton_twin, twin_of
 from ..reference import norm as reference
 
 __all__ = ["layer_norm", "rms_norm"]
@@ -202,7 +202,37 @@ def rms_norm(
     return _norm("rms_norm", x, residual, weight, None, dropout_p, eps, weight_offset, return_sum, backend)
 
 
+def _quick(room, x, residual, weight, bias, eps, offset, return_sum, backend):
+    """A plain call of inference, without the checks in Python, which take as long as the norm of a few rows: the compiled
+    op checks what memory safety needs. None where the call is another, or wrong in some way: `_norm` then says in which.
+    """
+    if type(x) is not Tensor or not type(eps) is type(offset) is float or not eps > 0:
+        return None
+    try:
+        dtype, device = x.dtype, x.device
+        chosen = backends.choose(room, backend, device=device, dtype=dtype)
+        if (
+            chosen not in ("cpu", "cuda")
+            or x.layout != torch.strided
+            or (weight is not None and weight.dtype != dtype)
+            or (bias is not None and bias.dtype != dtype)
+            or (chosen == "cuda" and torch.is_autocast_enabled("cuda"))
+        ):
+            return None
+        call = INFERENCE[twin_of(chosen, device)]
+        y, s = call(x, residual, weight, bias, eps, offset, room == "rms_norm", return_sum)
+    except (AttributeError, RuntimeError, TypeError):
+        return None
+    if y.device != device:  # of a meta tensor among the arguments
+        return None
+    return (y, x if residual is None else s) if return_sum else y
+
+
 def _norm(room, x, residual, weight, bias, p, eps, offset, return_sum, backend):
+    if p == 0 and not (is_grad_enabled() or is_compiling() or transformed()):
+        found = _quick(room, x, residual, weight, bias, eps, offset, return_sum, backend)
+        if found is not None:
+            return found
     _check(x, residual, weight, bias, p, eps, offset)
     if x.device.type == "cuda" and _WIDENED[room] and torch.is_autocast_enabled("cuda"):
         x = x.to(torch.promote_types(x.dtype, torch.float32))  # what autocast does to torch's op
