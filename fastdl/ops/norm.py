@@ -203,9 +203,8 @@ def rms_norm(
 
 
 def _quick(room, x, residual, weight, bias, eps, offset, return_sum, backend):
-    """A plain call of inference, without the checks in Python, which take as long as the norm of a few rows: the compiled
-    op checks what memory safety needs. None where the call is another, or wrong in some way: `_norm` then says in which.
-    """
+    """A plain call of inference, without most checks in Python, which take as long as the norm of a few rows: the compiled
+    op checks what memory safety needs. None where the call is another, or wrong in some way: `_norm` then says which."""
     if type(x) is not Tensor or not type(eps) is type(offset) is float or not eps > 0:
         return None
     try:
@@ -214,16 +213,15 @@ def _quick(room, x, residual, weight, bias, eps, offset, return_sum, backend):
         if (
             chosen not in ("cpu", "cuda")
             or x.layout != torch.strided
-            or (weight is not None and weight.dtype != dtype)
-            or (bias is not None and bias.dtype != dtype)
+            or (weight is not None and (weight.dtype != dtype or weight.device != device))
+            or (bias is not None and (bias.dtype != dtype or bias.device != device))
+            or (residual is not None and residual.device != device)
             or (chosen == "cuda" and torch.is_autocast_enabled("cuda"))
         ):
             return None
         call = INFERENCE[twin_of(chosen, device)]
         y, s = call(x, residual, weight, bias, eps, offset, room == "rms_norm", return_sum)
     except (AttributeError, RuntimeError, TypeError):
-        return None
-    if y.device != device:  # of a meta tensor among the arguments
         return None
     return (y, x if residual is None else s) if return_sum else y
 
