@@ -19,6 +19,7 @@ from bench import goals, hardware, results
 NOT_MEASURED = "not yet measured"
 NORM_KINDS = {
     "add_norm": "residual add + layer_norm",
+    "add_norm_sum": "residual add + layer_norm, the sum returned too",
     "norm": "layer_norm forward",
     "norm_gradients": "layer_norm and its gradients",
 }
@@ -244,7 +245,7 @@ def gpu_lines(key: str, record: dict) -> list[str]:
 
 
 LINES = {"llm": llm_lines, "quant_matmul": sides_lines, "decoder_block": sides_lines, "norm": norm_lines}
-LINES |= {"group_norm": norm_lines, "batch_norm": norm_lines}
+LINES |= {"group_norm": norm_lines, "batch_norm": norm_lines, "activation": norm_lines}
 
 
 def write_tables(folder: Path, found: dict[str, list[dict]]) -> list[Path]:

@@ -203,8 +203,8 @@ def rms_norm(
 
 
 def _quick(room, x, residual, weight, bias, eps, offset, return_sum, backend):
-    """A plain call of inference, without most checks in Python, which take as long as the norm of a few rows: the compiled
-    op checks what memory safety needs. None where the call is another, or wrong in some way: `_norm` then says which."""
+    """A plain call of inference, without most checks in Python, which take as long as the norm of a few rows: the
+    compiled op checks what memory safety needs. None where the call is another, or wrong: `_norm` then says how."""
     if type(x) is not Tensor or not type(eps) is type(offset) is float or not eps > 0:
         return None
     try:
