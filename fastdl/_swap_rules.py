@@ -79,7 +79,8 @@ def _plan_rms_norm(layer: nn.Module) -> tuple[type, dict] | str:
         return f"its forward takes more than the tensor: {', '.join(arguments)}"
     if weight.is_meta:
         return "is on the meta device: load the weights first"
-    x = torch.randn(4, weight.shape[0], generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+    x = torch.randn(4, weight.shape[0], generator=torch.Generator().manual_seed(0), device="cpu")
+    x = x.to(weight.device, weight.dtype)
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     try:
         with torch.no_grad():

@@ -240,6 +240,12 @@ def test_names_are_not_enough(native):
     )
 
 
+def test_the_default_device_does_not_matter(native):
+    norm = pytest.importorskip("transformers.models.llama.modeling_llama").LlamaRMSNorm(16, eps=1e-5)
+    with torch.device("meta"):
+        assert fastdl.accelerate(norm).swapped
+
+
 def test_a_hugging_face_model(native):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)

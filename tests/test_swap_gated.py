@@ -95,11 +95,65 @@ def test_left_where_it_computes_something_else(native, layer):
 
 def test_a_probe_that_fails_is_told(native):
     class Odd(Apart):
-        def forward(self, x, mask):
-            return x
+        def forward(self, x):
+            raise TypeError("not today")
 
     report = fastdl.accelerate(nn.Sequential(Odd()))
-    assert "the probe failed: TypeError" in report.left[0].reason
+    assert "the probe failed: TypeError: not today" in report.left[0].reason
+
+
+class Dropped(Apart):
+    def forward(self, x):
+        return F.dropout(super().forward(x), 0.5, self.training)
+
+
+class Scaled(Apart):
+    def forward(self, x, scale=None):
+        return super().forward(x) if scale is None else super().forward(x) * scale
+
+
+class Clamped(Apart):
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=100.0) * self.up_proj(x))
+
+
+class Learned(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.beta = nn.Parameter(torch.ones(1))
+
+    def forward(self, t):
+        return t * torch.sigmoid(self.beta * t)
+
+
+def hooked():
+    act = nn.SiLU()
+    act.register_forward_hook(lambda module, given, y: y * 2)
+    return act
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (Dropped().eval(), "checked on a probe"),
+        (Apart(nn.Sequential(nn.SiLU(), nn.Dropout(0.5))).eval(), "checked on a probe"),
+        (Clamped(), "checked on a probe"),
+        (Scaled(), "takes more than the tensor: x, scale"),
+        (Apart(Learned()), "act_fn has parameters or buffers"),
+        (Apart(nn.Sequential(hooked())), "act_fn has hooks"),
+    ],
+    ids=["dropout", "dropout after the activation", "limit", "argument", "learned", "hooked"],
+)
+def test_left_where_the_product_would_lose_something(native, layer, reason):
+    report = fastdl.accelerate(layer)
+    assert len(report.left) == 1 and reason in report.left[0].reason
+
+
+def test_the_probe_leaves_random_numbers_and_the_default_device_alone(native):
+    layer, before = Apart(nn.SiLU()), torch.get_rng_state()
+    with torch.device("meta"):
+        report = fastdl.accelerate(layer)
+    assert len(report.swapped) == 1 and torch.equal(torch.get_rng_state(), before)
 
 
 def test_names_alone_make_no_gated_layer(native):
@@ -113,8 +167,18 @@ def test_names_alone_make_no_gated_layer(native):
             super().__init__()
             self.norm = nn.Identity()
 
-    for layer in (Own(), More()):
+    class Counts(Apart):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            return super().forward(x)
+
+    for layer in (Own(), More(), counts := Counts()):
         assert fastdl.accelerate(layer).layers == []
+    assert counts.calls == 0
 
 
 def test_hooks_are_not_called_by_the_probe_and_run_after(native):
