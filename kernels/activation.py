@@ -91,8 +91,7 @@ def _slope(t, alpha, KIND: tl.constexpr):
     elif KIND == SWISH:
         return _sigmoid(t * alpha) + alpha * t * _sigmoid_slope(t * alpha)
     elif KIND == TANH:
-        h = _tanh(t)
-        return 1.0 - h * h
+        return 4.0 * _sigmoid_slope(2.0 * t)  # 1 - tanh(t)^2, which cancels
     elif KIND == SIGMOID:
         return _sigmoid_slope(t)
     else:

@@ -72,8 +72,9 @@ __device__ __forceinline__ Derived derive(float t, float alpha) {
     return {t * g, g + alpha * tg, t * tg};
   }
   if constexpr (Kind == TANH) {
-    const float h = tanhf(t);
-    return {h, 1.0f - h * h, 0.0f};
+    float dg;
+    sigmoid(t + t, &dg);
+    return {tanhf(t), 4.0f * dg, 0.0f};  // 1 - tanh(t)^2, which cancels, is 4 g (1 - g) at 2 t
   }
   if constexpr (Kind == SIGMOID) {
     float dg;
