@@ -31,6 +31,25 @@ def with_gradients(function: Callable[..., torch.Tensor], tensors: Sequence[torc
     return call
 
 
+def sides_of(
+    ours: Callable[..., torch.Tensor | Sequence[torch.Tensor]],
+    theirs: Callable[..., torch.Tensor | Sequence[torch.Tensor]],
+    tensors: Sequence[torch.Tensor],
+    grad: torch.Tensor | None = None,
+) -> tuple[dict[str, Side], Sequence[torch.Tensor]]:
+    """The sides, with gradients where ``grad`` is given, and the exact answer: theirs in float64."""
+    double = [t.double() for t in tensors]
+    if grad is None:
+
+        def listed(found: torch.Tensor | Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+            return (found,) if isinstance(found, torch.Tensor) else found
+
+        sides = {"fastdl": lambda: listed(ours(*tensors)), "torch": lambda: listed(theirs(*tensors))}
+        return sides, listed(theirs(*double))
+    sides = {"fastdl": with_gradients(ours, tensors, grad), "torch": with_gradients(theirs, tensors, grad)}
+    return sides, with_gradients(theirs, double, grad.double())()
+
+
 def compare(
     benchmark, recorder, rounds: int, bench: str, facts: Mapping, sides: Mapping[str, Side], exact, moved: int
 ) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.against_torch import DTYPES, compare, with_gradients
+from bench.against_torch import DTYPES, compare, sides_of
 from fastdl import ops
 
 SHAPES = ((1024, 3072), (32, 3072))
@@ -41,14 +41,8 @@ def test_activation(benchmark, recorder, threads, rounds, kind, shape, dtype):
     bias = torch.randn(shape[1], generator=generator).to(DTYPES[dtype])
     what = kind.removesuffix("_gradients")
     tensors = {"bias_gelu": (x, bias), "bias_relu_residual": (x, bias, other), "swiglu": (x, other)}[what]
-    double = [t.double() for t in tensors]
     ours, theirs = FUNCTIONS[what]
-    if kind.endswith("_gradients"):
-        sides = {"fastdl": with_gradients(ours, tensors, grad), "torch": with_gradients(theirs, tensors, grad)}
-        exact = with_gradients(theirs, double, grad.double())()
-    else:
-        sides = {"fastdl": lambda: (ours(*tensors),), "torch": lambda: (theirs(*tensors),)}
-        exact = (theirs(*double),)
+    sides, exact = sides_of(ours, theirs, tensors, grad if kind.endswith("_gradients") else None)
     moved = TENSORS_MOVED[kind] * x.numel() * DTYPES[dtype].itemsize
     facts = {"kind": kind, "dtype": dtype, "shape": list(shape)}
     with torch.set_grad_enabled(kind.endswith("_gradients")):

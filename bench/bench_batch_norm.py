@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.against_torch import DTYPES, compare, with_gradients
+from bench.against_torch import DTYPES, compare, sides_of
 from fastdl import ops
 
 SHAPES = ((8, 64, 56, 56), (8, 512, 7, 7))
@@ -57,13 +57,7 @@ def test_batch_norm(benchmark, recorder, threads, rounds, kind, shape, layout, d
         y = F.batch_norm(x, *statistics(weight), weight, bias, training)
         return y if residual is None else (y + residual).relu()
 
-    double = [t.double() for t in tensors]
-    if gradients:
-        sides = {"fastdl": with_gradients(ours, tensors, grad), "torch": with_gradients(theirs, tensors, grad)}
-        exact = with_gradients(theirs, double, grad.double())()
-    else:
-        sides = {"fastdl": lambda: (ours(*tensors),), "torch": lambda: (theirs(*tensors),)}
-        exact = (theirs(*double),)
+    sides, exact = sides_of(ours, theirs, tensors, grad if gradients else None)
     facts = {"kind": f"{kind}_{layout}", "dtype": dtype, "shape": list(shape)}
     with torch.set_grad_enabled(gradients):
         compare(

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.against_torch import DTYPES, compare, with_gradients
+from bench.against_torch import DTYPES, compare, sides_of
 from fastdl import ops
 
 SHAPES = ((2, 320, 64, 64), (2, 1280, 8, 8))
@@ -46,13 +46,7 @@ def test_group_norm(benchmark, recorder, threads, rounds, kind, shape, dtype):
     ]
     *tensors, grad = tensors if kind == "adagn" else [*tensors[:3], tensors[-1]]
     ours, theirs = FUNCTIONS[kind.removesuffix("_gradients")]
-    double = [t.double() for t in tensors]
-    if kind.endswith("_gradients"):
-        sides = {"fastdl": with_gradients(ours, tensors, grad), "torch": with_gradients(theirs, tensors, grad)}
-        exact = with_gradients(theirs, double, grad.double())()
-    else:
-        sides = {"fastdl": lambda: (ours(*tensors),), "torch": lambda: (theirs(*tensors),)}
-        exact = (theirs(*double),)
+    sides, exact = sides_of(ours, theirs, tensors, grad if kind.endswith("_gradients") else None)
     moved = TENSORS_MOVED[kind] * tensors[0].numel() * DTYPES[dtype].itemsize
     facts = {"kind": kind, "dtype": dtype, "shape": list(shape)}
     with torch.set_grad_enabled(kind.endswith("_gradients")):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from bench import norm_gpu
-from bench.against_torch import DTYPES, compare, with_gradients
+from bench.against_torch import DTYPES, compare, sides_of
 from fastdl import ops
 
 SHAPES = ((4096, 768), (128, 768))
@@ -25,13 +25,17 @@ SHAPES = ((4096, 768), (128, 768))
 TENSORS_MOVED = {"add_norm": 3, "add_norm_sum": 4, "norm": 2, "norm_gradients": 5}
 
 
-def torch_norm(x, weight, bias):
-    return F.layer_norm(x, x.shape[-1:], weight, bias)
-
-
-def torch_add_norm(x, residual, weight, bias):
-    s = residual + x
-    return F.layer_norm(s, x.shape[-1:], weight, bias), s
+FUNCTIONS = {  # fastdl's and torch's
+    "norm": (ops.layer_norm, lambda x, w, b: F.layer_norm(x, x.shape[-1:], w, b)),
+    "add_norm": (
+        lambda x, w, b, residual: ops.layer_norm(x, w, b, residual=residual),
+        lambda x, w, b, residual: F.layer_norm(residual + x, x.shape[-1:], w, b),
+    ),
+    "add_norm_sum": (
+        lambda x, w, b, residual: ops.layer_norm(x, w, b, residual=residual, return_sum=True),
+        lambda x, w, b, residual: (F.layer_norm(s := residual + x, x.shape[-1:], w, b), s),
+    ),
+}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -42,31 +46,12 @@ def test_norm(benchmark, recorder, threads, rounds, kind, shape, dtype):
     generator, cols = torch.Generator().manual_seed(0), shape[1]
     x, residual, grad = (torch.randn(shape, generator=generator).to(DTYPES[dtype]) for _ in range(3))
     weight, bias = (torch.randn(cols, generator=generator).to(DTYPES[dtype]) for _ in range(2))
-    xd, rd, gd, wd, bd = (t.double() for t in (x, residual, grad, weight, bias))
-    if kind == "norm_gradients":
-        sides = {
-            "fastdl": with_gradients(ops.layer_norm, (x, weight, bias), grad),
-            "torch": with_gradients(torch_norm, (x, weight, bias), grad),
-        }
-        exact = with_gradients(torch_norm, (xd, wd, bd), gd)()
-    elif kind == "norm":
-        sides = {"fastdl": lambda: (ops.layer_norm(x, weight, bias),), "torch": lambda: (torch_norm(x, weight, bias),)}
-        exact = (torch_norm(xd, wd, bd),)
-    elif kind == "add_norm":
-        sides = {
-            "fastdl": lambda: (ops.layer_norm(x, weight, bias, residual=residual),),
-            "torch": lambda: torch_add_norm(x, residual, weight, bias)[:1],
-        }
-        exact = torch_add_norm(xd, rd, wd, bd)[:1]
-    else:
-        sides = {
-            "fastdl": lambda: ops.layer_norm(x, weight, bias, residual=residual, return_sum=True),
-            "torch": lambda: torch_add_norm(x, residual, weight, bias),
-        }
-        exact = torch_add_norm(xd, rd, wd, bd)
+    tensors = (x, weight, bias, residual) if kind.startswith("add_norm") else (x, weight, bias)
+    ours, theirs = FUNCTIONS[kind.removesuffix("_gradients")]
+    sides, exact = sides_of(ours, theirs, tensors, grad if kind.endswith("_gradients") else None)
     moved = TENSORS_MOVED[kind] * x.numel() * DTYPES[dtype].itemsize
     facts = {"kind": kind, "dtype": dtype, "shape": list(shape)}
-    with torch.set_grad_enabled(kind == "norm_gradients"):
+    with torch.set_grad_enabled(kind.endswith("_gradients")):
         compare(benchmark, recorder, rounds, "norm", facts, sides, exact, moved)
 
 
