@@ -16,7 +16,7 @@ from fastdl.testing import check, poisoned
 F = torch.nn.functional
 # Odd, one element, one row, zero rows; widths that take each kernel: one warp, a block, a stream.
 SHAPES = [(1, 1), (3, 7), (0, 8), (2, 5, 64), (1, 24), (4, 33), (5, 256), (37, 40), (3, 520), (2, 1000), (2, 2048)]
-WIDE = [(2, 4096), (1, 5003), (1, 17408)]
+WIDE = [(2, 4096), (1, 5003), (1, 17408), (2, 131072)]
 KINDS = ("layer", "rms")
 GIVEN = [
     (kind, *(name for name, on in zip(("weight", "bias", "residual"), chosen, strict=True) if on))
