@@ -68,6 +68,8 @@ def test_contract(lane, shape, kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", WIDE, ids=str)
 def test_wide_rows(lane, shape, kind):
+    if shape[-1] > 100_000 and lane.name in ("emulated cuda", "triton interpreted"):
+        pytest.skip("a minute without a GPU, in the kernel that 17,408 columns take too")
     x, residual, weight, bias = make(shape, lane.dtypes[1], lane.device)
     check(
         lambda x, r, w, b: run(kind, x, w, b, residual=r, return_sum=True, eps=1e-5, backend=lane.backend),
