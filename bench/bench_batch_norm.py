@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bench import rooms_gpu
 from bench.against_torch import DTYPES, compare, sides_of
 from fastdl import ops
 
@@ -63,3 +64,10 @@ def test_batch_norm(benchmark, recorder, threads, rounds, kind, shape, layout, d
         compare(
             benchmark, recorder, rounds, "batch_norm", facts, sides, exact, moved * x.numel() * DTYPES[dtype].itemsize
         )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize(("kind", "shape"), rooms_gpu.cases("batch_norm"))
+def test_batch_norm_on_gpu(benchmark, recorder, rounds, kind, shape):
+    record = rooms_gpu.measure("batch_norm", kind, shape, rounds, recorder.gpu_limits["copy_gb_per_s"], benchmark)
+    recorder.add_gpu("batch_norm", f"gpu/{kind}/{'x'.join(map(str, shape))}/bf16", record)

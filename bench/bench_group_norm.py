@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bench import rooms_gpu
 from bench.against_torch import DTYPES, compare, sides_of
 from fastdl import ops
 
@@ -51,3 +52,10 @@ def test_group_norm(benchmark, recorder, threads, rounds, kind, shape, dtype):
     facts = {"kind": kind, "dtype": dtype, "shape": list(shape)}
     with torch.set_grad_enabled(kind.endswith("_gradients")):
         compare(benchmark, recorder, rounds, "group_norm", facts, sides, exact, moved)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize(("kind", "shape"), rooms_gpu.cases("group_norm"))
+def test_group_norm_on_gpu(benchmark, recorder, rounds, kind, shape):
+    record = rooms_gpu.measure("group_norm", kind, shape, rounds, recorder.gpu_limits["copy_gb_per_s"], benchmark)
+    recorder.add_gpu("group_norm", f"gpu/{kind}/{'x'.join(map(str, shape))}/bf16", record)

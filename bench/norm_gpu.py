@@ -10,24 +10,19 @@ Test: tests/test_bench_gpu.py
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bench import gpu
-from bench.accuracy import IncorrectResult
-from bench.timing import paired_ratio, spread, take_turns
 from fastdl import ops
 
 SHAPES = ((8192, 4096), (32768, 1024))
 OPS = ("layer_norm", "rms_norm")
 TENSORS_MOVED = {"norm": 2, "norm_backward": 3, "add_norm": 4}  # of rows x cols
-ALLOWED = 1e-2  # relative error of fastdl in bfloat16, norm over norm
-PEER_ALLOWED = 0.1
 EPS = 1e-6
 Side = Callable[[], tuple[Tensor, ...]]
 Forward = Callable[..., tuple[Tensor, ...]]  # (x, residual or None, weight, bias) -> (y,) or (y, s)
@@ -78,12 +73,11 @@ def liger(op: str) -> Forward:
 def forwards(op: str, backends: tuple[str, ...]) -> dict[str, Callable[[], Forward]]:
     """Side -> what makes it; a peer that is not there raises."""
     found = {f"fastdl {backend}": functools.partial(fused, op, backend) for backend in backends}
-    return found | {"torch": lambda: eager(op), "torch.compile": lambda: compiled(op), "liger": lambda: liger(op)}
-
-
-def compiled(op: str) -> Forward:
-    torch.compiler.reset()  # else the ninth case would meet dynamo's limit of compilations of one function
-    return torch.compile(eager(op), fullgraph=True, dynamic=False)
+    return found | {
+        "torch": lambda: eager(op),
+        "torch.compile": lambda: gpu.compiled(eager(op)),
+        "liger": lambda: liger(op),
+    }
 
 
 def make(kind: str, shape: tuple[int, int], device: str) -> tuple[Tensor | None, ...]:
@@ -105,15 +99,6 @@ def side(kind: str, op: str, forward: Forward, tensors: tuple[Tensor | None, ...
     return lambda: torch.autograd.grad(y, leaves, grad.to(y.dtype), retain_graph=True)
 
 
-@contextlib.contextmanager
-def kept_graphs() -> Iterator[None]:
-    """torch.compile frees a graph's buffers in its backward unless told that it will be called again."""
-    from torch._functorch import config
-
-    with config.patch(donated_buffer=False), torch.no_grad():
-        yield
-
-
 def measure(
     kind: str,
     op: str,
@@ -126,54 +111,15 @@ def measure(
     backends: tuple[str, ...] = ("cuda", "triton"),
     seconds_per_call: Callable[[Side], float] = gpu.seconds_per_call,
 ) -> dict:
-    """The record of one case. IncorrectResult when a side of fastdl's is wrong; a peer that fails is listed as missing.
-
-    copy_limit  GB/s of a large copy in this run
-    """
+    """The record of one case (gpu.compare). copy_limit: GB/s of a large copy in this run."""
     tensors = make(kind, shape, device)
     wide = tuple(None if t is None else t.double() for t in tensors)
-    missing, errors, sides = [], {}, {}
-    with kept_graphs():
-        exact = side(kind, op, eager(op), wide)()
-        for name, maker in forwards(op, backends).items():
-            ours = name.startswith("fastdl")
-            try:
-                sides[name] = side(kind, op, maker(), tensors)
-                errors[name] = max(gpu.relative_error(e, got) for e, got in zip(exact, sides[name](), strict=True))
-            except Exception as error:  # a peer may be absent, or of another version, or not take this GPU
-                if ours:
-                    raise
-                missing.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-                sides.pop(name, None)
-                continue
-            if not errors[name] <= (ALLOWED if ours else PEER_ALLOWED):
-                if ours:
-                    raise IncorrectResult(f"{name}: relative error {errors[name]:.3g} above {ALLOWED}: not timed")
-                missing.append(f"{name}: relative error {errors.pop(name):.3g} above {PEER_ALLOWED}: not timed")
-                sides.pop(name)
-        del exact, wide
-        x, target = tensors[0], torch.empty_like(tensors[0])
-        turns = {name: functools.partial(seconds_per_call, call) for name, call in sides.items()}
-        turns["copy"] = lambda: seconds_per_call(lambda: target.copy_(x))
-        for call in sides.values():
-            call(), call()
-        seconds = take_turns(turns, rounds, benchmark)
-    nbytes = shape[0] * shape[1] * 2
-    limit = max(copy_limit, 2 * nbytes / spread(seconds.pop("copy"))["median"] / 1e9)
-    moved = TENSORS_MOVED[kind] * nbytes
-    return {
-        "level": "gpu", "kind": kind, "op": op, "dtype": "bf16", "shape": list(shape), "missing": missing,
-        "copy_gb_per_s": float(f"{limit:.4g}"),
-        "sides": {
-            name: {
-                "seconds": spread(values),
-                "relative_error": float(f"{errors[name]:.3g}"),
-                "gb_per_s": round(moved / spread(values)["median"] / 1e9, 1),
-                "share_of_copy": round(moved / spread(values)["median"] / 1e9 / limit, 3),
-                "speedup_over": {
-                    peer: paired_ratio(seconds[peer], values) for peer in seconds if not peer.startswith("fastdl")
-                } if name.startswith("fastdl") else {},
-            }
-            for name, values in seconds.items()
-        },
-    }  # fmt: skip
+    makers = {
+        name: lambda maker=maker: side(kind, op, maker(), tensors) for name, maker in forwards(op, backends).items()
+    }
+    moved = TENSORS_MOVED[kind] * shape[0] * shape[1] * 2
+    found = gpu.compare(
+        makers, lambda: side(kind, op, eager(op), wide)(), moved, tensors[0], rounds, copy_limit, benchmark,
+        seconds_per_call,
+    )  # fmt: skip
+    return {"level": "gpu", "kind": kind, "op": op, "dtype": "bf16", "shape": list(shape), **found}

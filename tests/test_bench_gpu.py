@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))  # bench/ is not installed
 
-from bench import accuracy, gpu, hardware, norm_gpu, report, results, timing  # noqa: E402
+from bench import accuracy, gpu, hardware, norm_gpu, report, results, rooms_gpu, timing  # noqa: E402
 
 GPU = {"model": "NVIDIA H100 80GB HBM3", "gpu": True}
 CPU = {"model": "Some CPU 7", "best_level": "avx512", "cores": 2, "flags": []}
@@ -57,8 +57,18 @@ def test_record(kind, op, eager_compile):
     ours = record["sides"]["fastdl torch"]
     moved, copied = norm_gpu.TENSORS_MOVED[kind] * 16 * 64 * 2, 2 * 16 * 64 * 2
     assert ours["share_of_copy"] == pytest.approx((moved / 2e-6) / (copied / 1e-6), abs=1e-3)
-    assert set(ours["speedup_over"]) == {"torch", "torch.compile"} and ours["relative_error"] <= norm_gpu.ALLOWED
+    assert set(ours["speedup_over"]) == {"torch", "torch.compile"} and ours["relative_error"] <= gpu.ALLOWED
     assert not record["sides"]["torch"]["speedup_over"]
+
+
+@pytest.mark.parametrize(("room", "kind", "shape"), rooms_gpu.CASES, ids=lambda value: str(value))
+def test_record_of_other_rooms(room, kind, shape, eager_compile):
+    small = (2, 64, 3, 5) if len(shape) == 4 else (6, 40)
+    record = rooms_gpu.measure(room, kind, small, 1, 1e-3, device="cpu", backends=("torch",), seconds_per_call=timer())
+    assert list(record["sides"]) == ["fastdl torch", "torch", "torch.compile"] and not record["missing"]
+    assert record["op"] == room and record["kind"] == kind and record["shape"] == list(small)
+    assert all(side["relative_error"] <= gpu.ALLOWED for side in record["sides"].values())
+    assert report.lines(room, {"gpu": record})
 
 
 def test_the_larger_copy_is_the_limit(eager_compile):
