@@ -34,8 +34,8 @@ struct MomentSums {
   }
   __device__ __forceinline__ Moments moments() const {
     if (count == 0.0f) return {};
-    const float rest = sum / count;
-    return {count, origin + rest, squares - sum * rest};
+    const float rest = sum / count, apart = squares - sum * rest;
+    return {count, origin + rest, apart < 0.0f ? 0.0f : apart};  // NaN stays
   }
 };
 
