@@ -270,6 +270,12 @@ def test_bad_input(arguments, options, error, message):
         ops.group_norm(*arguments, **options)
 
 
+def test_triton_refuses_groups_that_its_counters_cannot_hold():
+    kernels = pytest.importorskip("fastdl.kernels.group_norm")
+    with pytest.raises(RuntimeError, match=r"more than 2\^31 elements in a group"):
+        kernels.group_norm_forward(torch.empty(1, 1, 2**31, device="meta"), None, None, None, None, 1, 1e-5)
+
+
 def test_back_ends_that_cannot():
     with pytest.raises(BackendError, match=r"group_norm.*CUDA device"):
         ops.group_norm(X, 2, backend="cuda")
