@@ -56,6 +56,7 @@ Parameter = torch.nn.Parameter
 functorch_active = torch._C._are_functorch_transforms_active
 is_compiling = torch.compiler.is_compiling
 is_grad_enabled = torch.is_grad_enabled
+tracing = torch._C._get_tracing_state
 Wrap = Callable[[Callable[..., Any], str], Callable[..., Any]]
 _ops: list[Op] = []
 _emulated: torch.library.Library | None = None
@@ -155,7 +156,8 @@ class Op:
                 elif isinstance(a, Tensor):
                     return op(*arguments)  # subclasses and compilers' tensors go through the dispatcher
             if differentiable and wanted:
-                return Differentiable.apply(*arguments)
+                # torch.jit.trace could not save a Python function
+                return Differentiable.apply(*arguments) if tracing() is None else op(*arguments)
             with BelowAutograd():
                 return plain(*arguments)
 

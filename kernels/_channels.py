@@ -22,6 +22,12 @@ def part_length(size: int, parts: int) -> int:
     return triton.cdiv(triton.cdiv(size, parts), 16) * 16
 
 
+def check_group(size: int) -> None:
+    """The kernels of group_norm count a group's elements in 32 bits, and a step past its end."""
+    if size > 2**31 - 2**14:
+        raise RuntimeError("fastdl: x: more than 2^31 elements in a group; use more groups")
+
+
 @triton.jit
 def finite_or_zero(k):
     """An origin that keeps sums small; an infinite one would hide the other values."""

@@ -127,8 +127,9 @@ def forward(
     col = (tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK))[None, :]
     if beta is not None:
         alpha = tl.load(beta)
-    for first in range(tl.program_id(1) * ROWS, rows, tl.num_programs(1) * ROWS):
-        row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    # 64 bits: the last step may go past 2^31
+    for first in range(tl.program_id(1).to(tl.int64) * ROWS, rows, tl.num_programs(1) * ROWS):
+        row = (first + tl.arange(0, ROWS))[:, None]
         mask = (row < rows) & (col < cols)
         t = _biased(x, bias, row, col, mask, rows, cols, x_stride, channels, BIAS_BY_ROW)
         v = _masked(_value(t, alpha, KIND), seed, row, col, cols, p, scale, MASK_BY_ROW)
@@ -150,8 +151,9 @@ def backward(
         alpha = tl.load(beta)
     columns = tl.zeros([ROWS, BLOCK], tl.float32)
     by_beta = tl.zeros([ROWS, BLOCK], tl.float32)
-    for first in range(tl.program_id(1) * ROWS, rows, tl.num_programs(1) * ROWS):
-        row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    # 64 bits: the last step may go past 2^31
+    for first in range(tl.program_id(1).to(tl.int64) * ROWS, rows, tl.num_programs(1) * ROWS):
+        row = (first + tl.arange(0, ROWS))[:, None]
         mask = (row < rows) & (col < cols)
         t = _biased(x, bias, row, col, mask, rows, cols, x_stride, channels, BIAS_BY_ROW)
         d = tl.load(grad + row * other_stride + col, mask=mask, other=0.0).to(tl.float32)
@@ -178,8 +180,9 @@ def glu(
 ):  # fmt: skip
     """Forward without grad (y), backward with it (dgate, dup)."""
     col = (tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK))[None, :]
-    for first in range(tl.program_id(1) * ROWS, rows, tl.num_programs(1) * ROWS):
-        row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    # 64 bits: the last step may go past 2^31
+    for first in range(tl.program_id(1).to(tl.int64) * ROWS, rows, tl.num_programs(1) * ROWS):
+        row = (first + tl.arange(0, ROWS))[:, None]
         mask = (row < rows) & (col < cols)
         g = tl.load(gate + row * gate_stride + col, mask=mask, other=0.0).to(tl.float32)
         u = tl.load(up + row * up_stride + col, mask=mask, other=0.0).to(tl.float32)

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import group_norm_backward as _backward
-from ._channels import finite_or_zero, merged, part_count, part_length
+from ._channels import check_group, finite_or_zero, merged, part_count, part_length
 from ._common import Case, capability, case, on
 from .configs import block_for, blocks, config
 from .group_norm_backward import group_norm_backward
@@ -84,6 +84,7 @@ def apply(
 def group_norm_forward(x, weight, bias, scale, shift, groups, eps) -> tuple[Tensor, Tensor, Tensor]:
     """Arguments and results: fastdl/reference/group_norm.py."""
     n, channels = x.shape[:2]
+    check_group(x.numel() // max(n * groups, 1))
     y, rows, width = x.new_empty(x.shape), n * groups, channels // groups
     make = x.new_empty if x.numel() else x.new_zeros
     mean, rstd = (make(n, groups, dtype=torch.float32) for _ in range(2))

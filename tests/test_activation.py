@@ -18,12 +18,15 @@ KINDS = reference.KINDS
 # [shape, channel_dim]: no dimension, one element, zero rows, odd widths, more rows than one walk, tiles, images
 SHAPES = [((), -1), ((1, 1), -1), ((3, 7), -1), ((0, 8), -1), ((2, 5, 64), -1), ((70, 33), -1), ((2, 1100), -1)]
 SHAPES += [((2, 3, 5, 4), 1), ((3, 4, 0), 1), ((2, 2, 300), 1), ((4, 6), 0)]
+SHAPES += [((3, 5, 1, 1), 1), ((6, 1), 0), ((3, 0), -1)]  # one position behind the bias's dimension, a bias of nothing
 
 
 def torch_activation(kind, t, *, slope=0.01, beta=1.0):
     """torch's own op; in float64, where it is the exact answer, gelu without the cancellation in torch's."""
     if kind == "gelu" and t.dtype == torch.float64:
         return t * 0.5 * torch.erfc(t * -(0.5**0.5))
+    if kind == "gelu_tanh" and t.dtype == torch.float64:
+        return t * torch.sigmoid((8 / torch.pi) ** 0.5 * (t + 0.044715 * t**3))
     return {
         "relu": F.relu,
         "leaky_relu": lambda t: F.leaky_relu(t, slope),
@@ -327,6 +330,17 @@ def test_mixed_dtypes():
     [
         (([1.0], "relu"), {}, TypeError, "x: expected a tensor, got list"),
         ((torch.ones(2, dtype=torch.int64), "relu"), {}, TypeError, "x: expected a dense floating point"),
+        (
+            (torch.ones(2).to(torch.float8_e5m2), "relu"),
+            {},
+            TypeError,
+            "x: expected a dense floating point.*convert it",
+        ),
+        ((torch.ones(2), ["relu"]), {}, ValueError, "kind: expected one of relu"),
+        ((torch.ones(2), "leaky_relu"), {"slope": "0.1"}, TypeError, "slope: expected a number, got str"),
+        ((torch.ones(2), "swish"), {"beta": None}, TypeError, "beta: expected a number, got NoneType"),
+        ((torch.ones(2), "relu"), {"dropout_p": "0.1"}, TypeError, "dropout_p: expected a number, got str"),
+        ((torch.ones(2), "relu"), {"residual": torch.ones(2).to_sparse()}, TypeError, "residual: expected .*sparse"),
         ((torch.ones(2), "selu"), {}, ValueError, "kind: expected one of relu, .*got 'selu'"),
         ((torch.ones(2, 4), "relu", torch.ones(5)), {}, ValueError, r"bias: expected shape \(4,\)"),
         ((torch.ones(2, 4), "relu", torch.ones(4)), {"channel_dim": 0}, ValueError, r"bias: expected shape \(2,\)"),

@@ -194,6 +194,25 @@ def test_large_offset_keeps_its_variance(lane):
         torch.testing.assert_close(y.double(), expected, rtol=2e-3, atol=2e-3)
 
 
+def test_equal_large_values_have_no_variance(lane):
+    """Rounding must not make the variance negative, and y NaN."""
+    for shape in ((121, 5), (67, 5, 3), (9, 5, 40)):
+        x = torch.tensor([1.0, 1e4, 1e9, -1e12, 1e15], device=lane.device).div(3).view(1, 5, *[1] * (len(shape) - 2))
+        ours = running(5, lane.device)
+        y = ops.batch_norm(x.expand(shape), *ours, training=True, momentum=1.0, backend=lane.backend)
+        assert y.isfinite().all() and (ours[1] >= 0).all()
+
+
+def test_statistics_may_be_updated_before_the_backward_pass(lane):
+    x, weight, bias = make((4, 3, 5), torch.float32, lane.device, given=(True, True, False))
+    mean, var = running(3, lane.device)
+    y = ops.batch_norm(x, mean, var, weight, bias, backend=lane.backend)
+    expected = torch.autograd.grad(y.square().sum(), (x, weight, bias), retain_graph=True)
+    ops.batch_norm(x, mean, var, training=True, backend=lane.backend)
+    for found, wanted in zip(torch.autograd.grad(y.square().sum(), (x, weight, bias)), expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
 def test_explain_says_which_back_end_runs(lane, capsys):
     x = torch.randn(2, 8, 3, device=lane.device)
     assert explain("batch_norm", x, training=True, backend=lane.backend).choice == lane.backend
@@ -301,6 +320,9 @@ X, ONES = torch.ones(2, 4, 3), torch.ones(4)
     [
         (([1.0],), {}, TypeError, "x: expected a tensor, got list"),
         ((X.int(), ONES, ONES), {}, TypeError, "x: expected a dense floating point"),
+        ((X.to(torch.float8_e5m2), ONES, ONES), {}, TypeError, "x: expected a dense floating point.*convert it"),
+        ((X, ONES, ONES.clone().requires_grad_()), {}, ValueError, "running_var: expected .* requires no gradient"),
+        ((X, ONES, ONES), {"momentum": ONES}, ValueError, r"momentum: expected a number, or .*got shape \(4,\)"),
         ((torch.ones(4), ONES, ONES), {}, ValueError, r"x: expected shape \[N, C, \*\]"),
         ((X,), {}, ValueError, r"running_mean: expected a tensor \[C\] in evaluation, got None; pass training=True"),
         ((X, ONES), {}, ValueError, "running_var: expected running_mean and running_var, or neither"),
@@ -312,6 +334,7 @@ X, ONES = torch.ones(2, 4, 3), torch.ones(4)
         ((X, ONES, ONES, None, 1.0), {}, TypeError, "bias: expected a floating point tensor or None, got float"),
         ((X, ONES, ONES), {"residual": X[:1]}, ValueError, r"residual: expected shape \(2, 4, 3\)"),
         ((X, ONES, ONES), {"eps": 0.0}, ValueError, "eps: expected a number > 0"),
+        ((X, ONES, ONES), {"eps": "1e-5"}, TypeError, "eps: expected a number, got str"),
         ((X, ONES, ONES), {"momentum": None}, TypeError, "momentum: expected a number, got NoneType"),
         ((X, ONES, ONES), {"momentum": 1.5}, ValueError, "momentum: expected 0 <= momentum <= 1, got 1.5"),
         ((X[:1, :, 0],), {"training": True}, ValueError, "x: expected more than 1 value per channel when training"),

@@ -70,6 +70,11 @@ def test_compiled_training_updates_the_statistics(momentum):
     assert int(layers[0].num_batches_tracked) == 3
 
 
+def test_argument_by_torchs_name():
+    norm, x = fastdl.nn.BatchNorm1d(4), torch.randn(2, 4, 3)
+    assert torch.equal(norm(input=x), norm(x))
+
+
 def test_wrong_shape():
     with pytest.raises(ValueError, match=r"expected 4D input"):
         fastdl.nn.BatchNorm2d(4)(torch.ones(2, 4, 3))

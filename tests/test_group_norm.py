@@ -247,6 +247,9 @@ X = torch.ones(2, 4, 3)
     [
         (([1.0], 2), {}, TypeError, "x: expected a tensor, got list"),
         ((X.long(), 2), {}, TypeError, "x: expected a dense floating point"),
+        ((X.to(torch.float8_e5m2), 2), {}, TypeError, "x: expected a dense floating point.*convert it"),
+        ((torch.nested.nested_tensor([X[0]]), 2), {}, TypeError, "x: expected a dense floating point.*nested"),
+        ((X, 2, torch.ones(4).to_sparse()), {}, TypeError, "weight: expected a floating point tensor.*sparse"),
         ((torch.ones(4), 2), {}, ValueError, r"x: expected shape \[N, C, \*\]"),
         ((torch.ones(4, 0), 2), {}, ValueError, "C of at least 1"),
         ((X, 2.0), {}, TypeError, "num_groups: expected an int, got float"),
@@ -259,11 +262,18 @@ X = torch.ones(2, 4, 3)
         ((X, 2), {"scale": torch.ones(4)}, ValueError, r"scale: expected shape \(2, 4\)"),
         ((X, 2), {"shift": torch.ones(2, 4, 3)}, ValueError, r"shift: expected shape \(2, 4\)"),
         ((X, 2), {"eps": 0.0}, ValueError, "eps: expected a number > 0"),
+        ((X, 2), {"eps": "1e-5"}, TypeError, "eps: expected a number, got str"),
     ],
 )
 def test_bad_input(arguments, options, error, message):
     with pytest.raises(error, match=message):
         ops.group_norm(*arguments, **options)
+
+
+def test_triton_refuses_groups_that_its_counters_cannot_hold():
+    kernels = pytest.importorskip("fastdl.kernels.group_norm")
+    with pytest.raises(RuntimeError, match=r"more than 2\^31 elements in a group"):
+        kernels.group_norm_forward(torch.empty(1, 1, 2**31, device="meta"), None, None, None, None, 1, 1e-5)
 
 
 def test_back_ends_that_cannot():

@@ -42,6 +42,11 @@ def test_scale_shift_and_back_end():
         norm(x)
 
 
+def test_argument_by_torchs_name():
+    norm, x = fastdl.nn.GroupNorm(2, 4), torch.randn(2, 4, 3)
+    assert torch.equal(norm(input=x), norm(x))
+
+
 def test_wrong_shape():
     norm = fastdl.nn.GroupNorm(2, 4)
     with pytest.raises(ValueError, match="x: expected 4 channels"):

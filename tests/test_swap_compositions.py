@@ -145,6 +145,22 @@ def test_export_and_trace(native):
     torch.testing.assert_close(program.run_decompositions().module()(X[:3]), model(X[:3]))
 
 
+def test_a_trace_can_be_saved_and_trained(native):
+    model = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.GroupNorm(2, 16), nn.LayerNorm(16)).eval()
+    fastdl.accelerate(model)
+    x = torch.randn(5, 16)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), warnings.catch_warnings():
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            traced, file = torch.jit.trace(model, x), io.BytesIO()
+        torch.jit.save(traced, file)
+        file.seek(0)
+        again = torch.jit.load(file)
+        torch.testing.assert_close(again(x), model(x), **NEAR)
+        again(x).square().sum().backward()
+        assert all(parameter.grad is not None for parameter in again.parameters())
+
+
 def transforms(model: nn.Module, x: torch.Tensor) -> dict[str, object]:
     """What torch.func and forward-mode AD make of a model."""
     parameters = {name: p.detach() for name, p in model.named_parameters()}

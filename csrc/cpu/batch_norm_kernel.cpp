@@ -36,7 +36,8 @@ void run_moments(const BatchNormArgs& a, int64_t row0, int64_t row1, int64_t uni
     }
     const bool finite = rest - rest == 0.0;
     mean[u] = finite ? (float)(center + rest / count) : center;
-    squares[u] = (float)(finite ? square - rest * rest / count : square);
+    if (finite) square -= rest * rest / count;
+    squares[u] = square < 0.0 ? 0.0f : (float)square;  // rounding, where all values are equal and large
   }
 }
 
@@ -61,7 +62,8 @@ void column_moments(const BatchNormArgs& a, int64_t row0, int64_t row1, int64_t 
     }
     const vf rest = vadd(rests[0], rests[1]), mean_rest = vmul(rest, width);
     part.template store<F32>(mean + unit0 + k, corrected(center, mean_rest));
-    part.template store<F32>(squares + unit0 + k, vsub(vadd(apart[0], apart[1]), vmul(rest, mean_rest)));
+    const vf square = vsub(vadd(apart[0], apart[1]), vmul(rest, mean_rest));
+    part.template store<F32>(squares + unit0 + k, vmax(zero, square));  // in this order NaN stays NaN
   });
 }
 

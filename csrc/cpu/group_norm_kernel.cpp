@@ -38,6 +38,7 @@ void forward(const GroupNormForwardArgs& a, int64_t row0, int64_t row1, float* s
     if (rest - rest == 0.0) {
       mean = (float)(mean + rest);
       variance -= rest * rest;
+      if (variance < 0.0) variance = 0.0;  // rounding, where all values are equal and large
     }
     const float rstd = 1.0f / __builtin_sqrtf((float)variance + a.eps);
     a.mean[r] = mean;

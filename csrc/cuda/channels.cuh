@@ -2,7 +2,8 @@
 // of an element of [N, C, positions].
 //
 // Moments in one pass: a thread sums d and d^2 with d = x - k, k the first value that it sees. Because k is one of the
-// values, the squares lose at most a factor of their count, some 64, and the mean may be as far from 0 as it likes.
+// values, the squares lose at most a factor of the thread's count, 64 to a few thousand, and the mean may be as far from 0
+// as it likes.
 #pragma once
 
 #include "cuda/reduce.cuh"
@@ -34,8 +35,8 @@ struct MomentSums {
   }
   __device__ __forceinline__ Moments moments() const {
     if (count == 0.0f) return {};
-    const float rest = sum / count;
-    return {count, origin + rest, squares - sum * rest};
+    const float rest = sum / count, apart = squares - sum * rest;
+    return {count, origin + rest, apart < 0.0f ? 0.0f : apart};  // NaN stays
   }
 };
 

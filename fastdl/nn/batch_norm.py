@@ -24,7 +24,8 @@ class _Fused:
         more = ", relu=True" if self.relu else ""
         return super().extra_repr() + more + (f", backend={self.backend!r}" if self.backend else "")
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        x = input  # torch's name, which callers may use
         if not isinstance(x, Tensor):
             raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
         self._check_input_dim(x)

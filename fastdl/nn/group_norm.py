@@ -34,7 +34,8 @@ class GroupNorm(nn.GroupNorm):
     def extra_repr(self) -> str:
         return super().extra_repr() + (f", backend={self.backend!r}" if self.backend else "")
 
-    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        x = input  # torch's name, which callers may use
         if isinstance(x, Tensor) and x.dim() > 1 and x.shape[1] != self.num_channels:
             raise ValueError(f"x: expected {self.num_channels} channels, [N, C, *], got shape {tuple(x.shape)}")
         return group_norm(

@@ -28,6 +28,7 @@ from .. import backend as backends
 from .._library import Op, gradient_of, triton_twin, twin_of
 from ..reference import activation as reference
 from ..reference.norm import compute_dtype
+from ._checks import check_dense, check_number, check_optional
 
 __all__ = ["activation", "geglu", "swiglu"]
 
@@ -182,7 +183,8 @@ def activation(
         bias = bias.to(wide)
     seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=x.device) if dropout_p > 0 else None
     call = FORWARD[twin_of(chosen, x.device)]
-    last = inner > 1 and seed is None and not x.is_contiguous()  # channels last in memory: no copy with bias at the end
+    # Channels last in memory: no copy with bias at the end. Behind them one position: the end is where they are.
+    last = (inner > 1 and seed is None and not x.is_contiguous()) or (inner == 1 and bias is not None)
     if last:
         x, residual = (None if t is None else t.movedim(channel_dim, -1) for t in (x, residual))
     y = call(x, bias, residual, tensor, seed, number, alpha, dropout_p, 1 if last else max(inner, 1), by_channel)
@@ -229,11 +231,8 @@ def geglu(gate: Tensor, up: Tensor, *, approximate: str = "none", backend: str |
 
 
 def _glu(room: str, gate: Tensor, up: Tensor, kind: str, backend: str | None) -> Tensor:
-    for name, value in (("gate", gate), ("up", up)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-        if not value.is_floating_point() or value.layout != torch.strided:
-            raise TypeError(f"{name}: expected a dense floating point tensor, got {value.dtype}, layout {value.layout}")
+    check_dense("gate", gate)
+    check_dense("up", up)
     if gate.dtype != up.dtype:
         raise TypeError(f"up: expected the dtype of gate, {gate.dtype}, got {up.dtype}")
     if gate.shape != up.shape:
@@ -247,15 +246,16 @@ def _glu(room: str, gate: Tensor, up: Tensor, kind: str, backend: str | None) ->
 
 def _check(x, kind, bias, slope, beta, residual, p, channel_dropout, channel_dim) -> int:
     """The kind's number."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
-    if not x.is_floating_point() or x.layout != torch.strided:
-        raise TypeError(f"x: expected a dense floating point tensor, got {x.dtype}, layout {x.layout}")
-    if kind not in _KINDS:
+    check_dense("x", x)
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise ValueError(f"kind: expected one of {', '.join(_KINDS)}, got {kind!r}")
     for name, given, default, owner in (("slope", slope, 0.01, "leaky_relu"), ("beta", beta, 1.0, "swish")):
         if kind != owner and (isinstance(given, Tensor) or given != default):
             raise ValueError(f"{name}: belongs to kind {owner!r}, got {given} with {kind!r}")
+    check_number("slope", slope)
+    check_number("dropout_p", p)
+    if not isinstance(beta, Tensor):
+        check_number("beta", beta)
     if not isinstance(channel_dim, int):
         raise TypeError(f"channel_dim: expected an int, got {type(channel_dim).__name__}")
     dims, shape = x.dim(), tuple(x.shape)
@@ -267,12 +267,8 @@ def _check(x, kind, bias, slope, beta, residual, p, channel_dropout, channel_dim
             raise ValueError(f"beta: expected one element, got shape {tuple(beta.shape)}")
         tensors["beta"] = beta
     for name, value in tensors.items():
-        if value is None:
-            continue
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"{name}: expected a floating point tensor or None, got {got}")
-        if value.device != x.device:
+        check_optional(name, value)
+        if value is not None and value.device != x.device:
             raise ValueError(f"{name}: expected the device of x, {x.device}, got {value.device}; move one to the other")
     if bias is not None and (not dims or tuple(bias.shape) != (shape[channel_dim],)):
         expected = f"({shape[channel_dim]},)" if dims else "an x with a dimension"

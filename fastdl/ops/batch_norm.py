@@ -27,6 +27,7 @@ from .._library import Op, gradient_of, triton_twin, twin_of
 from ..reference import batch_norm as reference
 from ..reference.norm import compute_dtype
 from ._channels import check_images, check_parameter, readable
+from ._checks import check_eps
 
 __all__ = ["batch_norm"]
 
@@ -67,7 +68,8 @@ def _setup(ctx, inputs, output):
     x, _, weight, bias, mean, var, ctx.eps, ctx.relu = inputs
     y, batch_mean, batch_var = output
     ctx.training = mean is None
-    statistics = (batch_mean, batch_var) if ctx.training else (mean, var)
+    # Running statistics may be updated before the backward pass: it takes them as they were.
+    statistics = (batch_mean, batch_var) if ctx.training else (mean.clone(), var.clone())
     ctx.save_for_backward(x, y if ctx.relu else None, weight, *statistics)
     ctx.dtypes = tuple(None if t is None else t.dtype for t in (weight, bias))
     ctx.mark_non_differentiable(batch_mean, batch_var)
@@ -184,6 +186,11 @@ def _check(x, running_mean, running_var, weight, bias, training, momentum, eps, 
     ):
         check_parameter(name, value, x, (channels,))
     check_parameter("residual", residual, x, x.shape)
+    for name, value in (("running_mean", running_mean), ("running_var", running_var)):
+        if value is not None and value.requires_grad and torch.is_grad_enabled() and not backends.in_a_transform():
+            raise ValueError(
+                f"{name}: expected a tensor that requires no gradient, got one that does; pass {name}.detach()"
+            )
     missing = [n for n, t in (("running_mean", running_mean), ("running_var", running_var)) if t is None]
     if len(missing) == 1:
         raise ValueError(f"{missing[0]}: expected running_mean and running_var, or neither; got one of them")
@@ -198,7 +205,9 @@ def _check(x, running_mean, running_var, weight, bias, training, momentum, eps, 
         )
     if isinstance(momentum, bool) or not isinstance(momentum, (int, float, Tensor)):
         raise TypeError(f"momentum: expected a number, got {type(momentum).__name__}")
-    if not isinstance(momentum, Tensor) and not 0 <= momentum <= 1:
+    if isinstance(momentum, Tensor):
+        if momentum.numel() != 1:
+            raise ValueError(f"momentum: expected a number, or a tensor with one, got shape {tuple(momentum.shape)}")
+    elif not 0 <= momentum <= 1:
         raise ValueError(f"momentum: expected 0 <= momentum <= 1, got {momentum}")
-    if not eps > 0:
-        raise ValueError(f"eps: expected a number > 0, got {eps}")
+    check_eps(eps)

@@ -27,6 +27,7 @@ from .._library import Op, gradient_of, triton_twin, twin_of
 from ..reference import group_norm as reference
 from ..reference.norm import compute_dtype
 from ._channels import check_images, check_parameter, readable
+from ._checks import check_eps
 
 __all__ = ["group_norm"]
 
@@ -158,5 +159,4 @@ def _check(x, num_groups, weight, bias, eps, scale, shift) -> None:
         ("shift", shift, (n, c)),
     ):
         check_parameter(name, value, x, expected)
-    if not eps > 0:
-        raise ValueError(f"eps: expected a number > 0, got {eps}")
+    check_eps(eps)

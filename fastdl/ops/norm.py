@@ -27,7 +27,11 @@ import torch
 from torch import Tensor
 
 from .. import backend as backends
+<<<<<<< HEAD
 from .._library import Op, gradient_of, is_compiling, is_grad_enabled, transformed, triton_twin, twin_of
+=======
+from .._library import Op, gradient_of, tracing, triton_twin, twin_of
+>>>>>>> review
 from ..reference import norm as reference
 
 __all__ = ["layer_norm", "rms_norm"]
@@ -253,6 +257,8 @@ def _norm(room, x, residual, weight, bias, p, eps, offset, return_sum, backend):
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:
+    if tracing() is not None:  # a graph of torch.jit.trace may be asked for a gradient later
+        return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 

@@ -86,7 +86,7 @@ def _normal(t: Tensor) -> Tensor:
 def _wide(x: Tensor, bias: Tensor | None, inner: int) -> Tensor:
     """x + bias in the compute dtype; bias runs over the dimension with ``inner`` elements behind each of its own."""
     t = x.to(compute_dtype(x.dtype))
-    if bias is None:
+    if bias is None or not t.numel():
         return t
     return (t.reshape(-1, bias.numel(), inner) + bias.to(t.dtype)[:, None]).reshape(x.shape)
 
@@ -144,7 +144,7 @@ def activation_backward(
     dt = d * slope(kind, t, scale)
     dbias, dbeta = t.new_empty(0), t.new_empty(0)
     if need_bias:
-        dbias = dt.reshape(-1, bias.numel(), inner).sum((0, 2))
+        dbias = dt.reshape(-1, bias.numel(), inner).sum((0, 2)) if dt.numel() else t.new_zeros(bias.numel())
     if need_beta:
         g = torch.sigmoid(t * scale)
         dbeta = (d * t * t * g * (1 - g)).sum().reshape(1)
