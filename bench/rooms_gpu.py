@@ -47,7 +47,7 @@ def batch_norm(backend: str | None) -> Callable[..., Tensor]:
     )
 
 
-# kind -> function, sizes of its tensors beside x ("x": like x, "c": a number a channel), tensors moved forward, backward
+# kind -> function, its tensors beside x ("x": like x, "c": a number a channel), tensors moved forward and backward
 KINDS: dict[str, dict[str, tuple[Callable, str, int, int]]] = {
     "activation": {"bias_gelu": (bias_gelu, "c", 2, 3), "swiglu": (swiglu, "x", 3, 5)},
     "group_norm": {"group_norm": (group_norm, "cc", 3, 5)},  # x twice: a group is larger than a block's registers
