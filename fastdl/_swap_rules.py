@@ -6,6 +6,7 @@ probe: RMS norms here, gated MLPs in _swap_gated.py. Test: pytest tests/test_swa
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 from collections.abc import Callable
@@ -66,11 +67,15 @@ def _is_rms_norm(layer: nn.Module) -> bool:
     """Looks like LlamaRMSNorm and its kin: by name, with one weight and nothing else."""
     named = type(layer).__name__.endswith("RMSNorm") and not isinstance(layer, (nn.RMSNorm, nn.LayerNorm))
     parameters = dict(layer.named_parameters())
-    return named and list(parameters) == ["weight"] and parameters["weight"].dim() == 1 and not any(layer.children())
+    tensors = (
+        list(parameters) == ["weight"] and parameters["weight"].dim() == 1 and not any(True for _ in layer.buffers())
+    )
+    return named and tensors and not any(layer.children())
 
 
 def _plan_rms_norm(layer: nn.Module) -> tuple[type, dict] | str:
-    """Runs the layer on a probe: its output says whether the weight has an offset, and which dtype comes out."""
+    """Runs a copy of the layer with another weight on a probe, in training and in evaluation: its output says whether
+    the weight has an offset, and which dtype comes out."""
     if _epsilon(layer) is None or not _epsilon(layer) > 0:
         return "its eps was not found" if _epsilon(layer) is None else f"its eps is {_epsilon(layer)}"
     weight, forward = layer.weight, type(layer).forward
@@ -79,12 +84,19 @@ def _plan_rms_norm(layer: nn.Module) -> tuple[type, dict] | str:
         return f"its forward takes more than the tensor: {', '.join(arguments)}"
     if weight.is_meta:
         return "is on the meta device: load the weights first"
-    x = torch.randn(4, weight.shape[0], generator=torch.Generator().manual_seed(0), device="cpu")
-    x = x.to(weight.device, weight.dtype)
+    generator, probe, runs = torch.Generator().manual_seed(0), copy.copy(layer), []
+    random = torch.randn(6, weight.shape[0], generator=generator, device="cpu")
+    random[1:] *= torch.tensor([1e-3, 0.1, 1.0, 10.0, 100.0], device="cpu")[:, None]
+    random = random.to(weight.device, weight.dtype)
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     try:
-        with torch.no_grad():
-            expected, found = forward(layer, x), [forward(layer, x.to(dtype)).dtype for dtype in dtypes]
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):  # a model's random numbers stay what they were
+            w, x = torch.zeros_like(weight) + random[0], random[1:]
+            probe.__dict__["_parameters"] = {"weight": nn.Parameter(w)}
+            for mode in (False, True):
+                probe.train(mode)
+                runs.append(forward(probe, x))
+            found = [forward(probe, x.to(dtype)).dtype for dtype in dtypes]
     except Exception as error:  # another signature, or a device that is not there
         return f"the probe failed: {type(error).__name__}: {error}"
     promotes = found == [torch.promote_types(dtype, weight.dtype) for dtype in dtypes]
@@ -92,8 +104,8 @@ def _plan_rms_norm(layer: nn.Module) -> tuple[type, dict] | str:
         return f"gives {found} for inputs of {dtypes}, which follows no known rule"
     limit = 1e-4 if weight.dtype == torch.float32 else 2e-2
     for offset in (0.0, 1.0):
-        y = rms_norm(x, weight.detach(), eps=_epsilon(layer), weight_offset=offset, backend="torch")
-        if isinstance(expected, Tensor) and torch.allclose(y.float(), expected.float(), rtol=limit, atol=limit):
+        y = rms_norm(x, w, eps=_epsilon(layer), weight_offset=offset, backend="torch").float()
+        if all(isinstance(z, Tensor) and torch.allclose(y, z.float(), rtol=limit, atol=limit) for z in runs):
             return _subclass(_RMSNormByProbe, type(layer)), {"_fastdl_rms_norm": (offset, promotes)}
     return "does not compute an RMS norm (checked on a probe)"
 

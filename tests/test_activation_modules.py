@@ -37,6 +37,7 @@ def test_beta_is_learned():
     (expected,) = torch.autograd.grad((x * torch.sigmoid(layer.beta * x)).sum(), layer.beta)
     torch.testing.assert_close(layer.beta.grad, expected)
     assert list(layer.state_dict()) == ["beta"]
+    assert fastdl.nn.Activation("swish", beta=1, learn_beta=True).beta.dtype == torch.float32
     with pytest.raises(ValueError, match="learn_beta: belongs to kind 'swish'"):
         fastdl.nn.Activation("relu", learn_beta=True)
 

@@ -240,6 +240,40 @@ def test_names_are_not_enough(native):
     )
 
 
+def test_a_norm_that_is_one_only_now_is_left(native):
+    """With its weight at 1 or 0, in evaluation, or for small inputs it computes an RMS norm; else something else."""
+
+    class BaseRMSNorm(nn.Module):
+        def __init__(self, weight):
+            super().__init__()
+            self.weight, self.eps = nn.Parameter(torch.full((16,), weight)), 1e-6
+
+        def normed(self, x):
+            return nn.functional.rms_norm(x, (16,), None, self.eps)
+
+    class SquareRMSNorm(BaseRMSNorm):
+        def forward(self, x):
+            return self.normed(x) * self.weight**2
+
+    class ScaleRMSNorm(BaseRMSNorm):
+        def forward(self, x):
+            return x * self.weight
+
+    class DropRMSNorm(BaseRMSNorm):
+        def forward(self, x):
+            return nn.functional.dropout(self.normed(x) * self.weight, 0.5, self.training)
+
+    class LimitRMSNorm(BaseRMSNorm):
+        def forward(self, x):
+            return self.normed(x.clamp(-50, 50)) * self.weight
+
+    model = nn.ModuleList([SquareRMSNorm(1.0), ScaleRMSNorm(0.0), DropRMSNorm(1.0), LimitRMSNorm(1.0)]).eval()
+    before = torch.get_rng_state()
+    report = fastdl.accelerate(model)
+    assert ["does not compute an RMS norm" in layer.reason for layer in report.left] == [True] * 4
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_the_default_device_does_not_matter(native):
     norm = pytest.importorskip("transformers.models.llama.modeling_llama").LlamaRMSNorm(16, eps=1e-5)
     with torch.device("meta"):

@@ -52,7 +52,7 @@ class Activation(nn.Module):
         self.channel_dim, self.backend = channel_dim, backend
         bias = None if features is None else nn.Parameter(torch.zeros(features, device=device, dtype=dtype))
         self.register_parameter("bias", bias)
-        self.beta = nn.Parameter(torch.tensor([beta], device=device, dtype=dtype)) if learn_beta else beta
+        self.beta = nn.Parameter(torch.tensor([float(beta)], device=device, dtype=dtype)) if learn_beta else beta
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return activation(

@@ -139,8 +139,8 @@ def activation(
     """``residual + dropout(f(x + bias))`` in one pass.
 
     x                [...], float32, bfloat16, float16 (float64: torch back end); any strides
-    kind             "relu", "leaky_relu", "gelu" (exact, by erf), "gelu_tanh", "swish" or "silu"
-                     (``t * sigmoid(beta * t)``), "tanh", "sigmoid", "identity"
+    kind             "relu", "leaky_relu", "gelu" (exact, by erf), "gelu_tanh", "swish"
+                     (``t * sigmoid(beta * t)``), "silu" (with beta 1), "tanh", "sigmoid", "identity"
     bias             [x.shape[channel_dim]], floating, or None
     slope            of leaky_relu where t <= 0
     beta             of swish: a number, or a floating tensor with one element, which then gets a gradient
