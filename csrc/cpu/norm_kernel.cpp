@@ -127,8 +127,14 @@ FASTDL_INLINE void backward_rows(const NormBackwardArgs& a, int64_t r0, float* d
 
 template <class T>
 void backward(const NormBackwardArgs& a, int64_t row0, int64_t row1, float* dweight, float* dbias) {
+  // Several narrow rows at a time load and store dweight and dbias once; of wide ones no more than the first-level cache
+  // holds between the two passes.
+  const int64_t bytes = a.cols * (int64_t)sizeof(typename T::Element);
   int64_t r = row0;
-  for (; r + 4 <= row1; r += 4) backward_rows<T, 4>(a, r, dweight, dbias);
+  if (bytes <= 1024)
+    for (; r + 4 <= row1; r += 4) backward_rows<T, 4>(a, r, dweight, dbias);
+  if (bytes <= 2048)
+    for (; r + 2 <= row1; r += 2) backward_rows<T, 2>(a, r, dweight, dbias);
   for (; r < row1; ++r) backward_rows<T, 1>(a, r, dweight, dbias);
 }
 
