@@ -11,7 +11,7 @@ from fastdl import BackendError, explain, ops
 from fastdl.ops.activation import BACKWARD, FORWARD, GLU_BACKWARD, GLU_FORWARD
 from fastdl.reference import activation as reference
 from fastdl.reference import philox
-from fastdl.testing import check
+from fastdl.testing import check, poisoned
 
 F = torch.nn.functional
 KINDS = reference.KINDS
@@ -198,6 +198,20 @@ def test_nan_inf_and_extremes(lane, kind):
     torch.testing.assert_close(dx, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_inference_gives_the_same_bits(lane):
+    for dtype in lane.dtypes[:2]:
+        x, residual, bias = make((9, 72), dtype, lane.device)
+        for kind, options in (("gelu", {}), ("swish", {"beta": 1.5}), ("leaky_relu", {"slope": 0.3})):
+            for beside in ({}, {"bias": bias}, {"bias": bias, "residual": residual}):
+                given = {"backend": lane.backend, **options, **beside}
+                trained = ops.activation(x, kind, **given)
+                with torch.no_grad(), poisoned():
+                    assert torch.equal(ops.activation(x, kind, **given), trained)
+        trained = ops.swiglu(x, residual, backend=lane.backend)
+        with torch.no_grad(), poisoned():
+            assert torch.equal(ops.swiglu(x, residual, backend=lane.backend), trained)
+
+
 def test_explain_says_which_back_end_runs(lane, capsys):
     x = torch.randn(2, 8, device=lane.device)
     for room in ("activation", "swiglu", "geglu"):
@@ -358,8 +372,9 @@ def test_mixed_dtypes():
     ],
 )
 def test_bad_input(arguments, options, error, message):
-    with pytest.raises(error, match=message):
-        ops.activation(*arguments, **options)
+    for gradients in (True, False):  # without them a call takes a shorter way, which must not be a more lenient one
+        with torch.set_grad_enabled(gradients), pytest.raises(error, match=message):
+            ops.activation(*arguments, **options)
 
 
 def test_bad_input_to_gated():
@@ -370,8 +385,9 @@ def test_bad_input_to_gated():
         ((torch.ones(2), torch.ones(2, device="meta")), ValueError, "up: expected the device of gate"),
         ((torch.ones(2), 1.0), TypeError, "up: expected a tensor, got float"),
     ):
-        with pytest.raises(error, match=message):
-            ops.swiglu(*arguments)
+        for gradients in (True, False):
+            with torch.set_grad_enabled(gradients), pytest.raises(error, match=message):
+                ops.swiglu(*arguments)
     with pytest.raises(ValueError, match="approximate: expected 'none' or 'tanh'"):
         ops.geglu(torch.ones(2), torch.ones(2), approximate="erf")
     with pytest.raises(BackendError, match="swiglu"):

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .. import backend as backends
-from .._library import Op, gradient_of, triton_twin, twin_of
+from .._library import Op, gradient_of, is_compiling, is_grad_enabled, tracing, transformed, triton_twin, twin_of
 from ..reference import activation as reference
 from ..reference.norm import compute_dtype
 from ._checks import check_dense, check_number, check_optional
@@ -165,6 +165,10 @@ def activation(
     Source: Hendrycks and Gimpel (2016) for GELU; Ramachandran et al. (2017) for swish; Tompson et al., "Efficient
     Object Localization Using Convolutional Networks" (2015) for dropout of channels.
     """
+    if type(dropout_p) is float and dropout_p == 0 and channel_dim == -1 and not channel_dropout and _plain():
+        y = _quick(x, kind, bias, slope, beta, residual, backend)
+        if y is not None:
+            return y
     number = _check(x, kind, bias, slope, beta, residual, dropout_p, channel_dropout, channel_dim)
     if residual is not None and residual.dtype != x.dtype:
         dtype = torch.promote_types(x.dtype, residual.dtype)
@@ -185,6 +189,7 @@ def activation(
     call = FORWARD[twin_of(chosen, x.device)]
     # Channels last in memory: no copy with bias at the end. Behind them one position: the end is where they are.
     last = (inner > 1 and seed is None and not x.is_contiguous()) or (inner == 1 and bias is not None)
+    last = last and channel_dim % x.dim() != x.dim() - 1
     if last:
         x, residual = (None if t is None else t.movedim(channel_dim, -1) for t in (x, residual))
     y = call(x, bias, residual, tensor, seed, number, alpha, dropout_p, 1 if last else max(inner, 1), by_channel)
@@ -231,6 +236,13 @@ def geglu(gate: Tensor, up: Tensor, *, approximate: str = "none", backend: str |
 
 
 def _glu(room: str, gate: Tensor, up: Tensor, kind: str, backend: str | None) -> Tensor:
+    if _plain() and type(gate) is type(up) is Tensor and gate.device == up.device and gate.layout == torch.strided:
+        try:
+            chosen = backends.choose(room, backend, device=gate.device, dtype=gate.dtype)
+            if chosen in ("cpu", "cuda"):
+                return GLU_FORWARD[twin_of(chosen, gate.device)](gate, up, _KINDS[kind])
+        except RuntimeError:
+            pass  # what is wrong is said below
     check_dense("gate", gate)
     check_dense("up", up)
     if gate.dtype != up.dtype:
@@ -242,6 +254,35 @@ def _glu(room: str, gate: Tensor, up: Tensor, kind: str, backend: str | None) ->
     refusals = backends.in_a_transform()
     chosen = backends.choose(room, backend, device=gate.device, dtype=gate.dtype, refusals=refusals)
     return GLU_FORWARD[twin_of(chosen, gate.device)](gate, up, _KINDS[kind])
+
+
+def _plain() -> bool:
+    """No gradient, no compiler, no trace, no transform: a call whose arguments the compiled op checks well enough."""
+    return not (is_grad_enabled() or is_compiling() or transformed()) and tracing() is None
+
+
+def _quick(x, kind, bias, slope, beta, residual, backend) -> Tensor | None:
+    """A plain call of inference, without most checks in Python, which take as long as a few rows: the compiled op has
+    those of memory safety. None where the call is another, or wrong: the caller then says how."""
+    if type(x) is not Tensor or type(slope) is not float or type(beta) is not float:
+        return None
+    if (slope != 0.01 and kind != "leaky_relu") or (beta != 1.0 and kind != "swish"):
+        return None
+    try:
+        device, dtype = x.device, x.dtype
+        chosen = backends.choose("activation", backend, device=device, dtype=dtype)
+        if (
+            chosen not in ("cpu", "cuda")
+            or x.layout != torch.strided
+            or (bias is not None and (bias.dtype != dtype or bias.device != device))
+            or (residual is not None and residual.device != device)
+        ):
+            return None
+        alpha = slope if kind == "leaky_relu" else beta
+        call = FORWARD[twin_of(chosen, device)]
+        return call(x, bias, residual, None, None, _KINDS[kind], alpha, 0.0, 1, False)
+    except (AttributeError, KeyError, RuntimeError, TypeError):
+        return None
 
 
 def _check(x, kind, bias, slope, beta, residual, p, channel_dropout, channel_dim) -> int:
