@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(256) activation_forward_tiles(Activation<T> a)
 }
 
 template <class T, int N, int Threads>
-__global__ void __launch_bounds__(256) activation_backward_tiles(Activation<T> a) {
+__global__ void __launch_bounds__(256, 1) activation_backward_tiles(Activation<T> a) {
   constexpr int kRows = 256 / Threads;
   FASTDL_SHARED(float, sums, [kRows][Threads * N]);
   const int64_t tile = blockIdx.x, tiles = gridDim.x, col = (tile * Threads + threadIdx.x) * N;

@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(Threads) group_norm_dx(GroupNormBackward<T> a)
 
 // Block (32 channels, 8): samples threadIdx.y, + 8, ..., whose sums are added in order.
 template <class T>
-__global__ void __launch_bounds__(256) group_norm_parameters(GroupNormBackward<T> a) {
+__global__ void __launch_bounds__(256, 1) group_norm_parameters(GroupNormBackward<T> a) {
   FASTDL_SHARED(float, sums, [2][8][33]);
   const int64_t channels = a.groups * a.width, c = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x;
   float dweight = 0.0f, dbias = 0.0f;
