@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .. import backend as backends
-from .._library import Op, gradient_of, is_compiling, is_grad_enabled, tracing, transformed, triton_twin, twin_of
+from .._library import Op, gradient_of, plain_call, triton_twin, twin_of
 from ..reference import activation as reference
 from ..reference.norm import compute_dtype
 from ._checks import check_dense, check_number, check_optional
@@ -165,7 +165,7 @@ def activation(
     Source: Hendrycks and Gimpel (2016) for GELU; Ramachandran et al. (2017) for swish; Tompson et al., "Efficient
     Object Localization Using Convolutional Networks" (2015) for dropout of channels.
     """
-    if type(dropout_p) is float and dropout_p == 0 and channel_dim == -1 and not channel_dropout and _plain():
+    if type(dropout_p) is float and dropout_p == 0 and channel_dim == -1 and not channel_dropout and plain_call():
         y = _quick(x, kind, bias, slope, beta, residual, backend)
         if y is not None:
             return y
@@ -236,7 +236,7 @@ def geglu(gate: Tensor, up: Tensor, *, approximate: str = "none", backend: str |
 
 
 def _glu(room: str, gate: Tensor, up: Tensor, kind: str, backend: str | None) -> Tensor:
-    if _plain() and type(gate) is type(up) is Tensor and gate.device == up.device and gate.layout == torch.strided:
+    if plain_call() and type(gate) is type(up) is Tensor and gate.device == up.device and gate.layout == torch.strided:
         try:
             chosen = backends.choose(room, backend, device=gate.device, dtype=gate.dtype)
             if chosen in ("cpu", "cuda"):
@@ -254,11 +254,6 @@ def _glu(room: str, gate: Tensor, up: Tensor, kind: str, backend: str | None) ->
     refusals = backends.in_a_transform()
     chosen = backends.choose(room, backend, device=gate.device, dtype=gate.dtype, refusals=refusals)
     return GLU_FORWARD[twin_of(chosen, gate.device)](gate, up, _KINDS[kind])
-
-
-def _plain() -> bool:
-    """No gradient, no compiler, no trace, no transform: a call whose arguments the compiled op checks well enough."""
-    return not (is_grad_enabled() or is_compiling() or transformed()) and tracing() is None
 
 
 def _quick(x, kind, bias, slope, beta, residual, backend) -> Tensor | None:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from .. import backend as backends
-from .._library import Op, gradient_of, is_compiling, is_grad_enabled, tracing, transformed, triton_twin, twin_of
+from .._library import Op, gradient_of, plain_call, tracing, triton_twin, twin_of
 from ..reference import norm as reference
 
 __all__ = ["layer_norm", "rms_norm"]
@@ -227,7 +227,7 @@ def _quick(room, x, residual, weight, bias, eps, offset, return_sum, backend):
 
 
 def _norm(room, x, residual, weight, bias, p, eps, offset, return_sum, backend):
-    if p == 0 and not (is_grad_enabled() or is_compiling() or transformed()) and tracing() is None:
+    if p == 0 and plain_call():
         found = _quick(room, x, residual, weight, bias, eps, offset, return_sum, backend)
         if found is not None:
             return found
