@@ -14,8 +14,11 @@ from .attention import attention
 from .batch_norm import batch_norm
 from .decoder_block import DecoderLayer, DecoderStack, decoder_blocks
 from .group_norm import group_norm
+from .gru import gru
+from .lstm import lstm
 from .norm import layer_norm, rms_norm
 from .quant_matmul import auto_activation, quant_embedding, quant_matmul, quantize
+from .rnn import rnn
 from .rope import rope, rope_table
 
 
@@ -37,6 +40,9 @@ ROOMS: dict[str, Room] = {
     "norm": Room(("layer_norm", "rms_norm"), ("cpu", "cuda", "triton"), ("LayerNorm", "RMSNorm")),
     "group_norm": Room(("group_norm",), ("cpu", "cuda", "triton"), ("GroupNorm",)),
     "batch_norm": Room(("batch_norm",), ("cpu", "cuda", "triton"), ("BatchNorm1d", "BatchNorm2d")),
+    "lstm": Room(("lstm",), ("cpu", "cuda", "triton"), ("LSTM", "LSTMCell")),
+    "gru": Room(("gru",), ("cpu", "cuda", "triton"), ("GRU", "GRUCell")),
+    "rnn": Room(("rnn",), ("cpu", "cuda", "triton"), ("RNN", "RNNCell")),
     "rope": Room(("rope", "rope_table")),
     "attention": Room(("attention",)),
     "activation": Room(("activation", "swiglu", "geglu"), ("cpu", "cuda", "triton"), ("Activation", "GatedMLP")),
@@ -54,11 +60,14 @@ __all__ = [
     "decoder_blocks",
     "geglu",
     "group_norm",
+    "gru",
     "layer_norm",
+    "lstm",
     "quant_embedding",
     "quant_matmul",
     "quantize",
     "rms_norm",
+    "rnn",
     "rope",
     "rope_table",
     "swiglu",
