@@ -35,7 +35,7 @@ struct LstmBackwardArgs : RecurrentBackwardArgs {
   void* m;                    // [T][B][D][H], with projection
   float* dc_work;             // [D][B][wide]
   uint8_t* out;               // [D][B][wide_p] of the level's operand, with projection
-  float *dv, *s, *dout;       // [D][B][wide], with layer norm
+  float *dv, *s, *d_o;        // [D][B][wide], with layer norm
 };
 
 struct LstmKernels {

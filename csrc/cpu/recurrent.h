@@ -127,4 +127,142 @@ inline void pack_inputs(const RecurrentProduct& kernels, const RecurrentArgs& a,
 
 const RecurrentProduct& recurrent_product_table();
 
+// A float32 tensor of this shape: a copy of `from`, or zeros.
+inline Tensor copy_or_zeros(const Tensor& like, const OptionalTensor& from, const std::vector<int64_t>& shape) {
+  const Tensor out = new_tensor(like, shape, ScalarType::Float);
+  float* const to = data_of<float>(out);
+  if (from)
+    std::copy(data_of<float>(from), data_of<float>(from) + out.numel(), to);
+  else
+    std::fill(to, to + out.numel(), 0.0f);
+  return out;
+}
+
+// What every call has, contiguous; holds the memory that the arguments point to.
+struct RecurrentParameters {
+  Tensor w_hh;
+  OptionalTensor ln_weight, h_mask, lengths;
+
+  RecurrentParameters(RecurrentArgs& a, ScalarType dtype, const Tensor& w_hh_, const OptionalTensor& ln_weight_,
+                      const OptionalTensor& h_mask_, const OptionalTensor& lengths_)
+      : w_hh(expected(w_hh_, dtype, {a.directions, a.gates * a.hidden, a.size}, "w_hh: expected [D, G * H, P]")),
+        ln_weight(expected(ln_weight_, ScalarType::Float, {a.directions, a.gates * a.hidden},
+                           "ln_weight: expected float32 [D, G * H]")),
+        h_mask(expected(h_mask_, ScalarType::Float, {a.directions, a.batch, a.size},
+                        "h_mask: expected float32 [D, B, P]")),
+        lengths(expected(lengths_, ScalarType::Long, {a.batch}, "lengths: expected int64 [B]")) {
+    a.ln_weight = data_of<float>(ln_weight);
+    a.h_mask = data_of<float>(h_mask);
+    a.lengths = data_of<int64_t>(lengths);
+  }
+};
+
+// Inputs, outputs and working memory of a forward call that all rooms have. saved: gates kept for a backward pass, 0 in
+// inference.
+struct RecurrentForwardCall {
+  Tensor gates_x, h0, y, h_n;
+  OptionalTensor gates;
+  const RecurrentParameters& parameters;
+  uint8_t* pack_hh = nullptr;
+  Arena arena;
+
+  RecurrentForwardCall(RecurrentForwardArgs& a, const RecurrentParameters& p, const Tensor& gates_x_, const Tensor& h0_,
+                       const OptionalTensor& packed, int64_t saved)
+      : gates_x(as_contiguous(gates_x_)),
+        h0(expected(h0_, ScalarType::Float, {a.directions, a.batch, a.size}, "h0: expected float32 [D, B, P]")),
+        y(new_tensor(gates_x, {a.time, a.batch, a.directions, a.size}, gates_x.scalar_type())),
+        h_n(new_tensor(h0, {a.directions, a.batch, a.size}, ScalarType::Float)),
+        parameters(p) {
+    a.gates_x = gates_x.const_data_ptr();
+    a.h0 = static_cast<const float*>(h0.const_data_ptr());
+    a.y = data_of(y);
+    a.h_n = data_of<float>(h_n);
+    if (saved) {
+      gates = new_tensor(gates_x, {a.time, a.batch, a.directions, saved * a.hidden}, gates_x.scalar_type());
+      a.gates_out = data_of(*gates);
+    }
+    const int64_t bytes = packed_bytes(a, a.gates, a.hidden, a.size);
+    check(!packed || (packed->is_cpu() && packed->scalar_type() == ScalarType::Byte && packed->is_contiguous() &&
+                      packed->numel() == bytes),
+          "packed: expected what recurrent_pack gave for w_hh");
+    if (packed)
+      a.packed = static_cast<const uint8_t*>(packed->const_data_ptr());
+    else
+      arena.ask(&pack_hh, bytes);
+    arena.ask(&a.barriers, 2);
+    arena.ask(&a.h, a.directions * a.batch * a.wide_p);
+    arena.ask(&a.operand, 2 * a.directions * a.batch * a.wide_p * 4);
+    if (a.ln_weight) arena.ask(&a.u, a.directions * a.batch * a.gates * a.wide);
+  }
+
+  // kernel(args, thread, team) on a team, w_hh packed first. more(thread, team): what else is to be packed.
+  template <class Args, class Kernel, class More>
+  void run(Args& a, const Kernel& kernel, const More& more) {
+    if (pack_hh) a.packed = pack_hh;
+    std::fill(a.barriers, a.barriers + 2, Barrier());
+    const RecurrentProduct& product = recurrent_product_table();
+    Barrier packing;
+    parallel_region(recurrent_team(a), [&](int thread, int team) {
+      if (pack_hh)
+        pack_outputs(product, a, parameters.w_hh.const_data_ptr(), a.hidden, a.size, pack_hh,
+                     range(a.directions * a.gates * panels_of(a.hidden), thread, team));
+      more(thread, team);
+      packing.wait(team);
+      kernel(a, thread, team);
+    });
+  }
+};
+
+// The same for a backward call. saved: gates that the forward pass kept; has_du: du is more than da.
+struct RecurrentBackwardCall {
+  Tensor gates, da, du, dh0, dln_weight;
+  OptionalTensor dy, u;
+  const RecurrentParameters& parameters;
+  uint8_t* pack_hh = nullptr;
+  Arena arena;
+
+  RecurrentBackwardCall(RecurrentBackwardArgs& a, const RecurrentParameters& p, const Tensor& gates_,
+                        const OptionalTensor& dy_, const OptionalTensor& dh_n_, const OptionalTensor& u_, bool has_du)
+      : gates(as_contiguous(gates_)), parameters(p) {
+    const int64_t T = a.time, B = a.batch, D = a.directions, rows = a.gates * a.hidden;
+    const ScalarType dtype = gates.scalar_type();
+    const std::vector<int64_t> whole{T, B, D, rows}, none{0};
+    dy = expected(dy_, dtype, {T, B, D, a.size}, "dy: expected [T, B, D, P]");
+    u = expected(u_, dtype, {T, B, D, rows}, "u: expected [T, B, D, G * H]");
+    const OptionalTensor dh_n = expected(dh_n_, ScalarType::Float, {D, B, a.size}, "dh_n: expected float32 [D, B, P]");
+    check(!u == !p.ln_weight, "u, ln_weight: expected both or neither");
+    da = new_tensor(gates, whole, dtype);
+    du = new_tensor(gates, has_du ? whole : none, dtype);
+    dh0 = copy_or_zeros(gates, dh_n, {D, B, a.size});
+    dln_weight = copy_or_zeros(gates, OptionalTensor(), p.ln_weight ? std::vector<int64_t>{D, rows} : none);
+    a.gates_in = gates.const_data_ptr();
+    a.dy = data_of<>(dy);
+    a.u = data_of<>(u);
+    a.da = data_of(da);
+    a.du = has_du ? data_of(du) : nullptr;
+    a.dh = data_of<float>(dh0);
+    a.dln_weight = data_of<float>(dln_weight);
+    arena.ask(&pack_hh, D * panels_of(a.size) * packed_panel_bytes(a.format, a.gates * a.wide));
+    arena.ask(&a.barriers, 2);
+    arena.ask(&a.dh_work, D * B * a.wide_p);
+    arena.ask(&a.operand, 2 * D * B * a.gates * a.wide * 4);
+    if (a.ln_weight) arena.ask(&a.dhat, D * B * a.gates * a.wide);
+  }
+
+  template <class Args, class Kernel, class More>
+  void run(Args& a, const Kernel& kernel, const More& more) {
+    a.packed = pack_hh;
+    std::fill(a.barriers, a.barriers + 2, Barrier());
+    const RecurrentProduct& product = recurrent_product_table();
+    Barrier packing;
+    parallel_region(recurrent_team(a), [&](int thread, int team) {
+      pack_inputs(product, a, parameters.w_hh.const_data_ptr(), a.gates, a.hidden, a.wide, a.size, pack_hh,
+                  range(a.directions * panels_of(a.size), thread, team));
+      more(thread, team);
+      packing.wait(team);
+      kernel(a, thread, team);
+    });
+  }
+};
+
 }  // namespace fastdl

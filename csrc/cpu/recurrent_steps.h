@@ -99,6 +99,8 @@ FASTDL_INLINE Moments moments(const typename T::Element* x, int64_t segments, in
   return {mean, 1.0f / __builtin_sqrtf(total(sums) * width + eps)};
 }
 
+FASTDL_INLINE vf standard(vf x, Moments k) { return vmul(vsub(x, vset1(k.mean)), vset1(k.rstd)); }
+
 // The two means that the gradient of a layer norm needs: of g, and of g * hat, hat = (x - mean) * rstd.
 struct GradientMeans {
   float g, g_hat;
