@@ -48,13 +48,14 @@ def _torch_rule(room: str, ours: type, theirs: type) -> Rule:
 
 def _recurrent_rule(theirs: type) -> Rule:
     ours, room = recurrent.SWAPS[theirs]
+    known = (theirs, *(kind for kind in recurrent.FUSED if issubclass(ours, kind)))
 
     def plan(layer: nn.Module) -> tuple[type, dict] | str:
         if type(layer) is theirs:
             return ours, {}
         return f"{type(layer).__name__} is a subclass that may compute something else"
 
-    return Rule(room, lambda layer: isinstance(layer, theirs), plan)
+    return Rule(room, lambda layer: isinstance(layer, known), plan)
 
 
 class _RMSNormByProbe:

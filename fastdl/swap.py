@@ -97,9 +97,10 @@ def accelerate(
     ``exclude``. torch's TransformerEncoder and its layers lose their inference fast path when a layer inside is
     swapped, because it would not be called; what padded positions hold is then, as in training, not zero.
 
-    Swapped layers go through torch.compile (recurrent ones with a break of the graph, as before the swap), torch.export, torch.jit.trace, autocast, copies, pickles, DDP and
-    fully_shard. torch.jit.script and torch.fx.symbolic_trace read Python source and cannot take them; nor can a layer
-    be swapped whose input is a DTensor (tensor parallelism): exclude it.
+    Swapped layers go through torch.compile (recurrent ones with a break of its graph, as before the swap),
+    torch.export, torch.jit.trace, autocast, copies, pickles, DDP and fully_shard. torch.jit.script and
+    torch.fx.symbolic_trace read Python source and cannot take them; nor can a layer be swapped whose input is a DTensor
+    (tensor parallelism): exclude it.
 
     Returns a report that prints as a table: what was swapped, what was left and why. Raises TypeError, ValueError (a
     pattern that matches nothing), or fastdl.BackendError (``backend`` cannot run there); the model is then unchanged.
