@@ -229,6 +229,8 @@ def check_lengths(lengths: Tensor | None, batch: int, count: int, device: torch.
 def previous(y: Tensor, h0: Tensor, h_mask: Tensor | None, lengths: Tensor | None, dtype: torch.dtype) -> Tensor:
     """What w_hh was multiplied with in each step: h of the step before, times its mask, [T, B, D, P] in ``dtype``."""
     first = h0.to(y.dtype)
+    if not y.shape[0]:
+        return y.to(dtype)
     parts = []
     for d in range(y.shape[2]):
         if d == 0:

@@ -158,7 +158,8 @@ def gru(
     hidden, directions = rows // 3, w_hh.shape[0] if rows else 1
     ln_ih, ln_hh = two_weights("layer_norm", layer_norm)
     bias, bias_n = b_ih, None
-    if b_hh is not None and isinstance(b_hh, Tensor) and b_hh.shape == (directions, rows):
+    right = [t is None or (isinstance(t, Tensor) and t.shape == (directions, rows)) for t in (b_ih, b_hh)]
+    if b_hh is not None and all(right):  # else `prepare` says what is wrong
         # b_hn belongs inside r * (...); the rest is added to the products with x.
         bias_n = b_hh[:, 2 * hidden :]
         outside = torch.cat((b_hh[:, : 2 * hidden], torch.zeros_like(bias_n)), 1)
