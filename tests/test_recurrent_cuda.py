@@ -1,5 +1,5 @@
-"""The CUDA kernels of lstm, gru and rnn on both of their ways (csrc/cuda/recurrent_plan.h): the step loop, and the kernel
-that stays for the whole sequence. Every op, with its own arguments, against the reference by the rule of
+"""The CUDA kernels of lstm, gru and rnn on both of their ways (csrc/cuda/recurrent_plan.h): the step loop, and the
+kernel that stays for the whole sequence. Every op, with its own arguments, against the reference by the rule of
 fastdl.testing: under the emulator, and on a GPU where there is one. The rooms' contract tests are in
 tests/test_{lstm,gru,rnn}.py.
 """
@@ -7,6 +7,7 @@ tests/test_{lstm,gru,rnn}.py.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import itertools
 
@@ -59,7 +60,7 @@ def way(request, monkeypatch):
 
 
 class Case:
-    """The arguments of one room's forward and backward op, and what they give in float64, in the reference, in kernels."""
+    """The arguments of one room's forward and backward op."""
 
     def __init__(self, room, steps, batch, directions, hidden, options=(), dtype=torch.float32, device="cpu"):
         self.room, self.module = room, importlib.import_module(f"fastdl.ops.{room}")
@@ -101,7 +102,9 @@ class Case:
         """Those of the backward op, from what the reference saves."""
         outputs = self.module.FORWARD["torch"](*self.arguments)
         u = None
-        if self.ln is not None:
+        if self.ln is not None and not outputs[0].shape[0]:
+            u = outputs[0].new_empty(0, *self.arguments[0].shape[1:])
+        elif self.ln is not None:
             u = all_products(previous(outputs[0], self.h0, self.mask, self.lengths, self.w_hh.dtype), self.w_hh)
         y, c0 = outputs[0], self.arguments[2]
         saved = {"lstm": [*outputs[3:], c0], "gru": [outputs[2], y, self.h0], "rnn": [outputs[2], self.h0]}[self.room]
@@ -182,10 +185,93 @@ def test_bad_arguments(room, device):
     forward = case.module.FORWARD[case.twin]
     with pytest.raises(RuntimeError, match="h0: expected a tensor of shape"):
         forward(case.arguments[0], case.h0[:, :1], *case.arguments[2:])
-    with pytest.raises(RuntimeError, match="float32, float16 or bfloat16|float32,"):
+    with pytest.raises(RuntimeError, match=r"in the dtype|float32"):
         forward(*(a.double() if isinstance(a, torch.Tensor) else a for a in case.arguments))
     arguments = case.backward_arguments()
     index = case.given.index(None)
     arguments[index] = torch.zeros_like(arguments[len(case.given)])
     with pytest.raises(RuntimeError, match="dgates"):
         case.module.BACKWARD[case.twin](*arguments)
+
+
+# ---- The choice of the way ------------------------------------------------------------------------------------------
+
+H100 = (132, 227 * 1024, 9)
+A100, L4, T4 = (108, 163 * 1024, 8), (58, 99 * 1024, 8), (40, 64 * 1024, 7)
+needs_emulator = pytest.mark.skipif(emulator.emulator_error() is not None, reason="no emulated library")
+
+
+def plan_of(task, device):
+    """task: bytes, bf16, steps, batch, directions, hidden, rows of a unit, depth, states."""
+    library, out = ctypes.CDLL(str(emulator.library_path())), (ctypes.c_int64 * 9)()
+    library.fastdl_emulator_recurrent_plan((ctypes.c_int64 * 9)(*task), (ctypes.c_int64 * 3)(*device), out)
+    names = ("units", "slices", "groups", "batch", "columns", "parts", "depth", "chunk", "shared")
+    return dict(zip(names, out, strict=True))
+
+
+def task_of(room, batch, hidden, *, dtype=torch.bfloat16, backward=False, directions=1):
+    gates, states = GATES[room], 2 if room == "lstm" else 1
+    shape = (1, gates * hidden) if backward else (gates, hidden)
+    return (dtype.itemsize, dtype == torch.bfloat16, 100, batch, directions, hidden, *shape, states)
+
+
+@needs_emulator
+def test_plans_fit_the_device(room, way):
+    """Every unit and sequence in one block, no more blocks than run at the same time, no more memory than there is."""
+    for device, hidden, batch, directions, backward, dtype in itertools.product(
+        (H100, A100, L4, T4, (6, 227 * 1024, 9), (1, 48 * 1024, 8)),
+        (1, 7, 64, 129, 256, 650, 1024, 4096),
+        (1, 8, 9, 40, 64, 300),
+        (1, 2),
+        (False, True),
+        DTYPES,
+    ):
+        plan = plan_of(task_of(room, batch, hidden, dtype=dtype, backward=backward, directions=directions), device)
+        if not plan["units"]:
+            continue
+        assert way == "persistent"
+        assert plan["slices"] * plan["groups"] * directions <= device[0] and plan["shared"] <= device[1]
+        assert (plan["slices"] - 1) * plan["units"] < hidden <= plan["slices"] * plan["units"]
+        assert (plan["groups"] - 1) * plan["batch"] < batch <= plan["groups"] * plan["batch"]
+        assert plan["batch"] % plan["columns"] == 0 and plan["chunk"] % 16 == 0 and plan["chunk"] <= plan["depth"]
+
+
+@needs_emulator
+def test_estimates(room):
+    """The kernel for a whole sequence where the weights fit and the batch is small; the loop beyond that."""
+    for hidden, batch, backward in itertools.product((256, 512, 1024), (1, 8, 64), (False, True)):
+        assert plan_of(task_of(room, batch, hidden, backward=backward), H100)["units"], (hidden, batch, backward)
+    assert plan_of(task_of(room, 1, 1024, dtype=torch.float32), H100)["units"]
+    assert not plan_of(task_of(room, 4096, 1024), H100)["units"]  # large products
+    assert not plan_of(task_of(room, 1, 8192), H100)["units"]  # weights that do not fit
+    assert not plan_of(task_of(room, 1, 64), T4)["units"]  # bfloat16 without tensor cores for it
+    assert plan_of(task_of(room, 1, 64, dtype=torch.float16), T4)["units"]
+
+
+@needs_emulator
+def test_several_turns(room, device, monkeypatch):
+    """Shapes with several passes over the batch, groups of sequences, and a tile that holds a part of the depth."""
+    monkeypatch.setenv("FASTDL_RECURRENT", "persistent")
+    seen = set()
+    slice_of_two = {"lstm": 125, "gru": 145, "rnn": 250}[room]  # weights of a direction that no block holds alone
+    deep = {"lstm": 275, "gru": 366, "rnn": 700}[room]
+    for batch, directions, hidden, backward, dtype in (
+        (70, 1, 9, False, torch.float16),
+        (70, 1, 9, True, torch.float32),
+        (17, 2, slice_of_two, False, torch.float32),
+        (17, 2, slice_of_two, True, torch.float32),
+        (9, 1, deep, True, torch.bfloat16),
+    ):
+        task = task_of(room, batch, hidden, dtype=dtype, backward=backward, directions=directions)
+        plan = plan_of(task, (6, 227 * 1024, 9))  # csrc/cuda/platform.cuh
+        assert plan["units"]
+        seen.add("groups" if plan["groups"] > 1 else "one group")
+        seen.add("passes" if plan["batch"] > plan["columns"] else "one pass")
+        seen.add("chunks" if plan["depth"] > plan["chunk"] else "one chunk")
+        seen.add("parts" if plan["parts"] > 1 else "one part")
+        case = Case(room, 2, batch, directions, hidden, ("lengths", "h_mask", "zoneout"), dtype, device)
+        if backward:
+            case.check(case.module.BACKWARD, case.backward_arguments())
+        else:
+            case.check(case.module.FORWARD, case.arguments)
+    assert seen >= {"groups", "passes", "chunks", "parts"} and len(seen) == 8, seen

@@ -81,9 +81,9 @@ inline int64_t persistent_cost(const PersistentTask& w, const PersistentPlan& p)
   return rows * p.depth * w.bytes * passes / 128 + static_cast<int64_t>(p.batch) * p.depth * w.bytes / 32 + product;
 }
 
-// Two launches and their gaps, and the weights once through the level-2 cache: what a step of the loop costs at least. A
-// barrier of the grid costs a fifth of it.
-constexpr int64_t kLoopStepCycles = 12000;
+// What a step of the loop costs at least, some 10 us: the host prepares two launches, one of them through the dispatcher.
+// A barrier of the grid costs about a tenth of it.
+constexpr int64_t kLoopStepCycles = 16000;
 
 inline PersistentPlan persistent_plan(const PersistentTask& w, const DeviceLimits& device) {
   const char* wish = std::getenv("FASTDL_RECURRENT");
