@@ -39,8 +39,8 @@ struct GruForward {
       r = gate_sigmoid(x[0] + u[0]);
       z = gate_sigmoid(x[1] + u[1]);
       un = u[2] + (bias_n ? bias_n[at.d * H + at.j] : 0.0f);
-      n = tanhf(x[2] + r * un);
-      state[0] = zoned(kept_h(q, at), n + z * (state[0] - n), state[0]);
+      n = tanhf(fmaf(r, un, x[2]));
+      state[0] = zoned(kept_h(q, at), fmaf(z, state[0] - n, n), state[0]);
     }
     y[row * H + at.j] = from_float<T>(here ? state[0] : 0.0f);
     if (gates == nullptr) return;

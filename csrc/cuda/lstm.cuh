@@ -53,7 +53,7 @@ struct LstmForward {
     const float i = gate_sigmoid(x[0] + u[0] + (p ? p[0] * c : 0.0f));
     const float f = gate_sigmoid(x[1] + u[1] + (p ? p[q.hidden] * c : 0.0f));
     const float g = tanhf(x[2] + u[2]);
-    s = f * c + i * g;
+    s = fmaf(f, c, i * g);
     o = gate_sigmoid(x[3] + u[3] + (p ? p[2 * q.hidden] * s : 0.0f));
     store_gates(at, i, f, g, o);
   }
@@ -132,8 +132,8 @@ __global__ void __launch_bounds__(kRowThreads)
     float s = 0.0f, m = 0.0f;
     if (here) {
       s = cell[j];
-      m = cell[H + j] *
-          tanhf(a.ln_c_weight ? (s - mean) * rstd * a.ln_c_weight[d * H + j] + a.ln_c_bias[d * H + j] : s);
+      const float v = a.ln_c_weight ? fmaf((s - mean) * rstd, a.ln_c_weight[d * H + j], a.ln_c_bias[d * H + j]) : s;
+      m = cell[H + j] * tanhf(v);
     } else {
       a.store_gates(at, 0.0f, 0.0f, 0.0f, 0.0f);
     }

@@ -45,7 +45,7 @@ struct LstmBackward {
     Unit v{to_float(from[0]), to_float(from[H]), to_float(from[2 * H]), to_float(from[3 * H]), 0.0f, 0.0f};
     v.c = before < 0 ? c0[state_row(q, at.b, at.d) * H + at.j]
                      : to_float(cells[row_of(q, before, at.b, at.d) * H + at.j]);
-    v.s = v.f * v.c + v.i * v.g;
+    v.s = fmaf(v.f, v.c, v.i * v.g);
     return v;
   }
 
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kRowThreads)
     for (int64_t j = threadIdx.x; j < H; j += kRowThreads) {
       const typename LstmBackward<T>::Unit v = a.unit({t, b, d, j});
       const float hat = (v.s - mean) * rstd, weight = a.ln_c_weight[d * H + j];
-      const float out = tanhf(hat * weight + a.ln_c_bias[d * H + j]);
+      const float out = tanhf(fmaf(hat, weight, a.ln_c_bias[d * H + j]));
       const float dv = gradient_of_m(j) * v.o * (1.0f - out * out);
       sums[0] += dv * weight;
       sums[1] += dv * weight * hat;
@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(kRowThreads)
       const typename LstmBackward<T>::Unit v = a.unit(at);
       const float keep_cell = kept_c(q, at), dm = gradient_of_m(j), dc = a.dc0[state_at * H + j];
       const float hat = (v.s - mean) * rstd, weight = norm ? a.ln_c_weight[d * H + j] : 1.0f;
-      const float out = tanhf(norm ? hat * weight + a.ln_c_bias[d * H + j] : v.s);
+      const float out = tanhf(norm ? fmaf(hat, weight, a.ln_c_bias[d * H + j]) : v.s);
       const float dv = dm * v.o * (1.0f - out * out);
       m = v.o * out;
       da[3] = dm * out * v.o * (1.0f - v.o);

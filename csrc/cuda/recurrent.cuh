@@ -63,7 +63,7 @@ __device__ __forceinline__ float kept_c(const Sequence& q, const Place& at) {
   return kept(q, 1, q.zoneout_c, row_of(q, at.t, at.b, at.d) * q.hidden + at.j);
 }
 __device__ __forceinline__ float zoned(float keep, float fresh, float old) {
-  return keep == 0.0f ? fresh : fresh + keep * (old - fresh);
+  return keep == 0.0f ? fresh : fmaf(keep, old - fresh, fresh);
 }
 
 __device__ __forceinline__ float gate_sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
@@ -77,15 +77,15 @@ __device__ __forceinline__ T operand_of(const Sequence& q, int64_t at, float h) 
 // Mean and 1 / deviation of row [n], by the whole block of Threads.
 template <int Threads, class T>
 __device__ __forceinline__ void row_statistics(const T* row, int64_t n, float eps, float& mean, float& rstd) {
-  const float width = 1.0f / static_cast<float>(n);
+  const auto width = static_cast<float>(n);
   float sum = 0.0f, squares = 0.0f;
   for (int64_t i = threadIdx.x; i < n; i += Threads) sum += to_float(row[i]);
-  mean = block_sum<Threads>(sum) * width;
+  mean = block_sum<Threads>(sum) / width;
   for (int64_t i = threadIdx.x; i < n; i += Threads) {
     const float apart = to_float(row[i]) - mean;
     squares += apart * apart;
   }
-  rstd = rsqrtf(block_sum<Threads>(squares) * width + eps);
+  rstd = rsqrtf(block_sum<Threads>(squares) / width + eps);
 }
 
 // ---- Before the first step ------------------------------------------------------------------------------------------
