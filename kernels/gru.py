@@ -20,24 +20,16 @@ from torch import Tensor
 
 from . import gru_sequence as _sequence
 from ._common import Case, sigmoid, tanh
-from ._recurrent import (
-    accumulate,
-    arrive,
+from ._recurrent import accumulate, arrive, leave, load, normal, normal_backward, place, running, store
+from ._recurrent_launch import (
     contiguous,
     first_gradients,
     first_operand,
-    leave,
-    load,
     multiplier,
-    normal,
-    normal_backward,
-    place,
     quiet,
     refuse_double_backward,
     room_cases,
-    running,
     sequence_block,
-    store,
     sums,
     tiling,
     two,
@@ -58,8 +50,8 @@ def _product(u, ln_weight, mean, rstd, d, state, col, mask, hidden, gate: tl.con
 
 @triton.jit(do_not_specialize=["time"])
 def step(
-    gates_x, u, h_in, bias_n, ln_weight, h_mask, lengths, seed, y, h_out, gates_out, operand, time, count, batch, hidden,
-    span, zoneout_h, eps, ZONE_H: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    gates_x, u, h_in, bias_n, ln_weight, h_mask, lengths, seed, y, h_out, gates_out, operand, time, count, batch,
+    hidden, span, zoneout_h, eps, ZONE_H: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """u [D, B, 3 H] float32; operand: of the next product; gates_out: None where no gradient is wanted."""
     d, row, live, t, state, at = place(time, count, batch, ROWS)
@@ -203,8 +195,8 @@ def _steps_backward(
     for done, time in enumerate(reversed(range(count))):
         to = directs[done % 2]
         step_backward[tile.grid](
-            dy, through, direct, gates, y, h0, u, ln_weight, h_mask, lengths, seed, da, du, operand, to, *parts, scratch,
-            time, count, batch, hidden, tile.span, zoneout_h, eps, zoneout_h > 0, **tile.options,
+            dy, through, direct, gates, y, h0, u, ln_weight, h_mask, lengths, seed, da, du, operand, to, *parts,
+            scratch, time, count, batch, hidden, tile.span, zoneout_h, eps, zoneout_h > 0, **tile.options,
         )  # fmt: skip
         through, direct = times(operand), to
     dh0 = direct + (through if h_mask is None else through * h_mask)

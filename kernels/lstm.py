@@ -21,23 +21,8 @@ from torch import Tensor
 from . import lstm_backward as _backward
 from . import lstm_sequence as _sequence
 from ._common import Case, sigmoid, tanh
-from ._recurrent import (
-    contiguous,
-    first_operand,
-    leave,
-    load,
-    multiplier,
-    normal,
-    place,
-    quiet,
-    room_cases,
-    running,
-    sequence_block,
-    store,
-    tiling,
-    two,
-    zoned,
-)
+from ._recurrent import leave, load, normal, place, running, store, zoned
+from ._recurrent_launch import contiguous, first_operand, multiplier, quiet, room_cases, sequence_block, tiling, two
 from .lstm_backward import lstm_backward
 
 __all__ = ["compile_cases", "lstm_backward", "lstm_forward", "lstm_inference"]

@@ -18,25 +18,18 @@ from torch import Tensor
 
 from . import lstm_sequence as _sequence
 from ._common import tanh
-from ._recurrent import (
-    accumulate,
-    arrive,
+from ._recurrent import accumulate, arrive, load, normal_backward, place, running, store, zoned
+from ._recurrent_launch import (
     contiguous,
     first_gradients,
-    load,
     multiplier,
-    normal_backward,
-    place,
     quiet,
     refuse_double_backward,
-    running,
     sequence_block,
-    store,
     sums,
     tiling,
     two,
     zero_parts,
-    zoned,
 )
 
 

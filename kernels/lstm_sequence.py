@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import sigmoid, tanh
-from ._recurrent import load, place, product, running, sequence_config, store, sums, weight_tile, zoned
+from ._recurrent import load, place, product, running, store, weight_tile, zoned
+from ._recurrent_launch import sequence_config, sums
 
 
 @triton.jit

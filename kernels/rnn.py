@@ -20,23 +20,16 @@ from torch import Tensor
 
 from . import rnn_sequence as _sequence
 from ._common import Case, tanh
-from ._recurrent import (
-    arrive,
+from ._recurrent import arrive, leave, load, normal, normal_backward, place, running, store
+from ._recurrent_launch import (
     contiguous,
     first_gradients,
     first_operand,
-    leave,
-    load,
     multiplier,
-    normal,
-    normal_backward,
-    place,
     quiet,
     refuse_double_backward,
     room_cases,
-    running,
     sequence_block,
-    store,
     sums,
     tiling,
     two,
