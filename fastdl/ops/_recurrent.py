@@ -234,9 +234,9 @@ def previous(y: Tensor, h0: Tensor, h_mask: Tensor | None, lengths: Tensor | Non
     parts = []
     for d in range(y.shape[2]):
         if d == 0:
-            h = torch.cat((first[:1], y[:-1, :, 0]))
+            h = torch.cat((first[:1], y[:-1, :, 0]))[: y.shape[0]]
         else:
-            h = torch.cat((y[1:, :, 1], first[1:]))
+            h = torch.cat((y[1:, :, 1], first[1:]))[: y.shape[0]]
             if lengths is not None:  # a sequence starts at its own last step
                 times = torch.arange(1, y.shape[0] + 1, device=y.device)
                 h = torch.where((times[:, None] == lengths)[..., None], first[1:], h)
