@@ -1,7 +1,8 @@
 """Which layers `fastdl.accelerate` knows, and what each becomes: `RULES`. Later rooms add theirs here.
 
-torch's own layers become the subclasses in fastdl/nn. Layers of Hugging Face models are known by names and checked on a
-probe: RMS norms here, gated MLPs in _swap_gated.py. Test: pytest tests/test_swap.py tests/test_swap_gated.py
+torch's own layers become the subclasses in fastdl/nn, recurrent ones those in _swap_recurrent.py. Layers of Hugging
+Face models are known by names and checked on a probe: RMS norms here, gated MLPs in _swap_gated.py.
+Test: pytest tests/test_swap.py tests/test_swap_gated.py tests/test_swap_recurrent.py
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from . import _swap_recurrent as recurrent
 from ._swap_gated import GatedByProbe, is_gated, plan_gated
 from .nn.activation import GatedMLP
 from .nn.batch_norm import BatchNorm1d, BatchNorm2d
@@ -42,6 +44,18 @@ def _torch_rule(room: str, ours: type, theirs: type) -> Rule:
         return "normalizes over no elements" if 0 in getattr(layer, "normalized_shape", ()) else (ours, {})
 
     return Rule(room, lambda layer: isinstance(layer, theirs), plan)
+
+
+def _recurrent_rule(theirs: type) -> Rule:
+    ours, room = recurrent.SWAPS[theirs]
+    known = (theirs, *(kind for kind in recurrent.FUSED if issubclass(ours, kind)))
+
+    def plan(layer: nn.Module) -> tuple[type, dict] | str:
+        if type(layer) is theirs:
+            return ours, {}
+        return f"{type(layer).__name__} is a subclass that may compute something else"
+
+    return Rule(room, lambda layer: isinstance(layer, known), plan)
 
 
 class _RMSNormByProbe:
@@ -121,12 +135,13 @@ RULES = [
     _torch_rule("group_norm", GroupNorm, nn.GroupNorm),
     _torch_rule("batch_norm", BatchNorm1d, nn.BatchNorm1d),
     _torch_rule("batch_norm", BatchNorm2d, nn.BatchNorm2d),
+    *(_recurrent_rule(theirs) for theirs in recurrent.SWAPS),
     Rule("rms_norm", _is_rms_norm, _plan_rms_norm),
     Rule("swiglu", is_gated, _plan_gated),
 ]
 
 # Layers that are fused already.
-FUSED = (LayerNorm, RMSNorm, GroupNorm, BatchNorm1d, BatchNorm2d, GatedMLP)
+FUSED = (LayerNorm, RMSNorm, GroupNorm, BatchNorm1d, BatchNorm2d, GatedMLP, *recurrent.FUSED)
 
 # Subclasses of other packages' layers are made on demand, once, and found again by name when a model is unpickled.
 _made: dict[tuple[type, type], type] = {}

@@ -276,6 +276,11 @@ def choose(
     return _choose(room, requested, device, dtype, refusals or {}, facts)
 
 
+def setting() -> tuple:
+    """What a choice depends on beside its arguments: for those who keep what was chosen."""
+    return _environment.get(_VARIABLE), _cap, _library.emulating, _native_state.library
+
+
 _NO_RULES = dict.fromkeys(
     ("cpu", "cuda", "triton"),
     "kernels have no rules for torch.func's transforms and forward-mode AD; use backend='torch'",

@@ -21,6 +21,7 @@ from torch import nn
 from . import backend as backends
 from ._patterns import select
 from ._swap_rules import FUSED, RULES, Rule
+from .nn._recurrent_inference import forget
 
 __all__ = ["SwapReport", "accelerate", "accelerated", "restore"]
 
@@ -89,16 +90,17 @@ def accelerate(
     exclude  names to leave out
     backend  back end for the swapped layers; None: the automatic choice at each call
 
-    Known are torch's LayerNorm, RMSNorm, GroupNorm, BatchNorm1d and BatchNorm2d, and RMS norms and gated MLPs (SwiGLU,
-    GEGLU) of Hugging Face models, which are checked on a probe input; of an MLP the product between its linear layers
-    is fused.
+    Known are torch's LayerNorm, RMSNorm, GroupNorm, BatchNorm1d and BatchNorm2d, LSTM, GRU, RNN and their cells, and
+    RMS norms and gated MLPs (SwiGLU, GEGLU) of Hugging Face models, which are checked on a probe input; of an MLP the
+    product between its linear layers is fused.
     A layer that stands at several places has all their names: it is taken where one matches ``only`` and none matches
     ``exclude``. torch's TransformerEncoder and its layers lose their inference fast path when a layer inside is
     swapped, because it would not be called; what padded positions hold is then, as in training, not zero.
 
-    Swapped layers go through torch.compile, torch.export, torch.jit.trace, autocast, copies, pickles, DDP and
-    fully_shard. torch.jit.script and torch.fx.symbolic_trace read Python source and cannot take them; nor can a layer
-    be swapped whose input is a DTensor (tensor parallelism): exclude it.
+    Swapped layers go through torch.compile (recurrent ones with a break of its graph, as before the swap),
+    torch.export, torch.jit.trace, autocast, copies, pickles, DDP and fully_shard. torch.jit.script and
+    torch.fx.symbolic_trace read Python source and cannot take them; nor can a layer be swapped whose input is a DTensor
+    (tensor parallelism): exclude it.
 
     Returns a report that prints as a table: what was swapped, what was left and why. Raises TypeError, ValueError (a
     pattern that matches nothing), or fastdl.BackendError (``backend`` cannot run there); the model is then unchanged.
@@ -240,6 +242,7 @@ def _give_back(module: nn.Module) -> None:
     for name in before["set"]:
         own.pop(name, None)
     own.update(before["attributes"])
+    forget(module)
     module.__class__ = _rebased(type(module), before["now"], before["class"])
 
 

@@ -30,6 +30,11 @@ FASTDL_INLINE vf vsigmoid(vf x, vf* slope) {
   return vselect_le(x, zero, es, s);
 }
 
+FASTDL_INLINE vf vsigmoid(vf x) {
+  vf slope;
+  return vsigmoid(x, &slope);
+}
+
 // Around 0 an odd polynomial (error below 3e-8 of x), beyond 0.65 by exp: 1 - 2 / (exp(2 |x|) + 1).
 FASTDL_INLINE vf vtanh(vf x) {
   constexpr float c[] = {-0.333333275f, 0.13332619f, -0.0538279153f, 0.0208891463f, -0.00594224347f};

@@ -3,17 +3,26 @@
 from .activation import Activation, GatedMLP
 from .batch_norm import BatchNorm1d, BatchNorm2d
 from .group_norm import GroupNorm
+from .gru import GRU, GRUCell
+from .lstm import LSTM, LSTMCell
 from .norm import LayerNorm, RMSNorm
 from .quant_matmul import QuantEmbedding, QuantLinear
+from .rnn import RNN, RNNCell
 
 __all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
     "Activation",
     "BatchNorm1d",
     "BatchNorm2d",
+    "GRUCell",
     "GatedMLP",
     "GroupNorm",
+    "LSTMCell",
     "LayerNorm",
     "QuantEmbedding",
     "QuantLinear",
     "RMSNorm",
+    "RNNCell",
 ]

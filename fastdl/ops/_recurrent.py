@@ -33,8 +33,8 @@ def _fake_pack(weight: Tensor, gates: int) -> Tensor:
 
 
 def pack(weight: Tensor, gates: int) -> Tensor:
-    """w_hh [D, gates * H, P] in the layout that the CPU kernels read (csrc/cpu/recurrent_pack.h), as bytes. The inference
-    ops take it, so that weights that do not change are packed once."""
+    """w_hh [D, gates * H, P] in the layout that the CPU kernels read (csrc/cpu/recurrent_pack.h), as bytes. The
+    inference ops take it, so that weights that do not change are packed once."""
     return torch.ops.fastdl.recurrent_pack(weight, gates)
 
 
@@ -161,8 +161,8 @@ def prepare(
 def _input_products(
     x: Tensor, w_ih: Tensor, bias: Tensor | None, ln_ih: Tensor | None, eps: float, backend: str
 ) -> Tensor:
-    """x [T, B, I], w_ih [D, G * H, I], bias and ln_ih [D, G * H] -> gates_x [T, B, D, G * H]: one product for all steps,
-    normalized a direction at a time where there is layer norm."""
+    """x [T, B, I], w_ih [D, G * H, I], bias and ln_ih [D, G * H] -> gates_x [T, B, D, G * H]: one product for all
+    steps, normalized a direction at a time where there is layer norm."""
     directions, rows, size = w_ih.shape
     shape = (*x.shape[:2], directions, rows)
     with torch.autocast(x.device.type, enabled=False):
@@ -206,8 +206,8 @@ def check_shape(name: str, value: Tensor | None, shape: tuple[int, ...], x: Tens
 
 
 def check_lengths(lengths: Tensor | None, batch: int, count: int, device: torch.device) -> Tensor | None:
-    """lengths as int64 [B] on the device. Values are looked at where that costs no synchronization: on the CPU, and with
-    FASTDL_CHECK=1 everywhere. A kernel only compares them with the time."""
+    """lengths as int64 [B] on the device. Values are looked at where that costs no synchronization: on the CPU, and
+    with FASTDL_CHECK=1 everywhere. A kernel only compares them with the time."""
     if lengths is None:
         return None
     if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int64, torch.int32):
@@ -223,18 +223,20 @@ def check_lengths(lengths: Tensor | None, batch: int, count: int, device: torch.
     return lengths.to(device, torch.int64, non_blocking=True)
 
 
-# ---- Gradients of the weights -----------------------------------------------------------------------------------------
+# ---- Gradients of the weights ---------------------------------------------------------------------------------------
 
 
 def previous(y: Tensor, h0: Tensor, h_mask: Tensor | None, lengths: Tensor | None, dtype: torch.dtype) -> Tensor:
     """What w_hh was multiplied with in each step: h of the step before, times its mask, [T, B, D, P] in ``dtype``."""
     first = h0.to(y.dtype)
+    if not y.shape[0]:
+        return y.to(dtype)
     parts = []
     for d in range(y.shape[2]):
         if d == 0:
-            h = torch.cat((first[:1], y[:-1, :, 0]))
+            h = torch.cat((first[:1], y[:-1, :, 0]))[: y.shape[0]]
         else:
-            h = torch.cat((y[1:, :, 1], first[1:]))
+            h = torch.cat((y[1:, :, 1], first[1:]))[: y.shape[0]]
             if lengths is not None:  # a sequence starts at its own last step
                 times = torch.arange(1, y.shape[0] + 1, device=y.device)
                 h = torch.where((times[:, None] == lengths)[..., None], first[1:], h)

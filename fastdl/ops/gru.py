@@ -1,6 +1,6 @@
 """Room gru: a layer of gated recurrent units over whole sequences, one or both directions in one call.
 
-    r, z = sigmoid(w_ir x + b_ir + w_hr h + b_hr), sigmoid(w_iz x + b_iz + w_hz h + b_hz)     gate order r z n, as torch's
+    r, z = sigmoid(w_ir x + b_ir + w_hr h + b_hr), sigmoid(w_iz x + b_iz + w_hz h + b_hz)     gate order r z n
     n    = tanh(w_in x + b_in + r * (w_hn h + b_hn))
     h'   = (1 - z) * n + z * h
 
@@ -138,9 +138,10 @@ def gru(
     w_hh        [D, 3 * hidden_size, hidden_size]
     b_ih, b_hh  [D, 3 * hidden_size] or None
     hx          h0 [D, batch, hidden_size] or None (zeros)
-    layer_norm  (w_ih x's weight [D, 3 * hidden_size], w_hh h's weight): each product is normalized, and the biases added
-                after (Ba et al. 2016)
-    zoneout     probability of an element of h to keep its last value; in evaluation the expectation (Krueger et al. 2017)
+    layer_norm  (w_ih x's weight [D, 3 * hidden_size], w_hh h's weight): each product is normalized, and the biases
+                added after (Ba et al. 2016)
+    zoneout     probability of an element of h to keep its last value; in evaluation the expectation (Krueger et
+                al. 2017)
 
     lengths, h_mask [D, batch, hidden_size], training, backend and what is raised are those of `lstm`. Returns
     y [time, batch, D * hidden_size] in the dtype of x and h_n [D, batch, hidden_size] in the dtype of hx.
@@ -157,7 +158,8 @@ def gru(
     hidden, directions = rows // 3, w_hh.shape[0] if rows else 1
     ln_ih, ln_hh = two_weights("layer_norm", layer_norm)
     bias, bias_n = b_ih, None
-    if b_hh is not None and isinstance(b_hh, Tensor) and b_hh.shape == (directions, rows):
+    right = [t is None or (isinstance(t, Tensor) and t.shape == (directions, rows)) for t in (b_ih, b_hh)]
+    if b_hh is not None and all(right):  # else `prepare` says what is wrong
         # b_hn belongs inside r * (...); the rest is added to the products with x.
         bias_n = b_hh[:, 2 * hidden :]
         outside = torch.cat((b_hh[:, : 2 * hidden], torch.zeros_like(bias_n)), 1)
@@ -169,7 +171,8 @@ def gru(
         zoneout=[("zoneout", zoneout)],
     )  # fmt: skip
     arguments = (
-        call.gates_x, *call.states, call.w_hh, *call.rest, call.h_mask, call.lengths, call.seed, float(zoneout), float(eps)
+        call.gates_x, *call.states, call.w_hh, *call.rest, call.h_mask, call.lengths, call.seed,
+        float(zoneout), float(eps),
     )  # fmt: skip
     if call.needs_gradient():
         y, h_n, _ = FORWARD[call.twin](*arguments)

@@ -6,8 +6,8 @@
 
 with layer norm of both products and of the cell, zoneout, a mask for h that stays the same for the sequence, and
 lengths: fastdl/reference/lstm.py has every formula. Layers, dropout between them and the masks are the module's
-(fastdl/nn/lstm.py). float32, bfloat16, float16, and float64 on the torch back end; h and c are kept in float32, and sums
-are; what w_hh and w_hr are multiplied with is rounded to the dtype of x. Gradients to every tensor; twice.
+(fastdl/nn/lstm.py). float32, bfloat16, float16, and float64 on the torch back end; h and c are kept in float32, and
+sums are; what w_hh and w_hr are multiplied with is rounded to the dtype of x. Gradients to every tensor; twice.
 
 Back ends: cpu (csrc/cpu/lstm*.cpp), cuda (csrc/cuda/lstm*.cuh), triton (kernels/lstm.py), torch
 (fastdl/reference/lstm.py). What they refuse:
@@ -170,16 +170,16 @@ def lstm(
                 last step. Values on a GPU are not looked at (FASTDL_CHECK=1: they are, at the price of waiting)
     w_hr        [D, P, hidden_size]: projection (Sak et al. 2014)
     peephole    [D, 3, hidden_size]: i and f see c of the step before, o sees the new one (Gers and Schmidhuber 2000)
-    layer_norm  (w_ih x's weight [D, 4 * hidden_size], w_hh h's weight, the cell's weight [D, hidden_size], its bias): each
-                product and the cell are normalized, and the biases b added after (Ba et al. 2016)
+    layer_norm  (w_ih x's weight [D, 4 * hidden_size], w_hh h's weight, the cell's weight [D, hidden_size], its bias):
+                each product and the cell are normalized, and the biases b added after (Ba et al. 2016)
     h_mask      [D, batch, P]: h is multiplied with it before w_hh (variational dropout, Gal and Ghahramani 2016)
-    zoneout_h, zoneout_c  probability of an element of h, c to keep its last value; in evaluation the expectation (Krueger
-                et al. 2017)
+    zoneout_h, zoneout_c  probability of an element of h, c to keep its last value; in evaluation the expectation
+                (Krueger et al. 2017)
     training    draw the elements that zoneout keeps, from torch's generator
     backend     None or "auto", "cpu", "cuda", "triton", "torch"
 
-    Returns y [time, batch, D * P] in the dtype of x and (h_n [D, batch, P], c_n [D, batch, hidden_size]) in the dtypes of
-    hx. time 0 and batch 0 are empty. Raises TypeError or ValueError naming the argument; fastdl.BackendError if
+    Returns y [time, batch, D * P] in the dtype of x and (h_n [D, batch, P], c_n [D, batch, hidden_size]) in the dtypes
+    of hx. time 0 and batch 0 are empty. Raises TypeError or ValueError naming the argument; fastdl.BackendError if
     ``backend`` cannot.
 
     >>> import torch, fastdl

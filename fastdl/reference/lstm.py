@@ -126,10 +126,10 @@ def lstm_backward(
     zoneout_c: float,
     eps: float,
 ) -> tuple[Tensor, ...]:
-    """The gradients of the outputs of lstm_forward (None: zero; those of gates and cells only in a double backward), what
-    it saved, and u [T, B, D, 4 H], the products w_hh (h * h_mask) of all steps, where there is layer norm ->
+    """The gradients of the outputs of lstm_forward (None: zero; those of gates and cells only in a double backward),
+    what it saved, and u [T, B, D, 4 H], the products w_hh (h * h_mask) of all steps, where there is layer norm ->
 
-        da    [T, B, D, 4 H]   of gates_x                      du  [T, B, D, 4 H]  of u ([0] without layer norm: it is da)
+        da    [T, B, D, 4 H]   of gates_x                      du  [T, B, D, 4 H]  of u ([0] without layer norm)
         dh0   [D, B, P], dc0 [D, B, H]                         dln_weight [D, 4 H], dpeephole [D, 3, H]
         dln_c_weight, dln_c_bias [D, H]                        (the last four in the compute dtype, [0] where not given)
         dm_out [T, B, D, P]    of w_hr m                       m   [T, B, D, H]    ([0] without projection)

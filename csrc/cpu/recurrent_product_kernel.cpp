@@ -1,0 +1,191 @@
+// Products of a few rows with a packed matrix, for one level. Layout: recurrent_product.h.
+//
+// Method: the sums of up to max_rows rows times four panels stay in registers while k runs: at the AVX-512 level 24
+// vectors, for which four loads of weights and six broadcasts feed 24 multiply-adds. With one row the weights are the
+// traffic, and the floor is their bytes over the bandwidth of the cache that holds them.
+//
+// Test: pytest tests/test_lstm.py -k cpu
+#include "cpu/recurrent_product.h"
+
+#include "cpu/rows_kernel.h"
+
+namespace fastdl {
+namespace FASTDL_LEVEL {
+namespace {
+
+// float32 panels. float16 operands arrive rounded, in float32.
+struct Float32Product {
+  using Operand = float;
+  using Packed = float;
+  static constexpr int STEP = 1;  // inputs a turn
+  using Vector = vf;
+  FASTDL_INLINE Vector load(const Packed* p) { return vload(p); }
+  template <int N>
+  FASTDL_INLINE void add(vf (&acc)[N], const Vector (&w)[N], const Operand* x) {
+    const vf v = vset1(*x);
+    for (int n = 0; n < N; ++n) acc[n] = vfma(w[n], v, acc[n]);
+  }
+};
+
+struct BFloat16Product {
+  using Packed = uint16_t;
+  static constexpr int STEP = 2;
+#if defined(FASTDL_NATIVE_BF16)
+  using Operand = uint16_t;
+  using Vector = vb;
+  FASTDL_INLINE Vector load(const Packed* p) { return bload((const uint8_t*)p); }
+  template <int N>
+  FASTDL_INLINE void add(vf (&acc)[N], const Vector (&w)[N], const Operand* x) {
+    for (int n = 0; n < N; ++n) acc[n] = vdot_bf16(acc[n], w[n], x);
+  }
+#else
+  using Operand = float;
+  struct Vector {
+    vf even, odd;
+  };
+  FASTDL_INLINE Vector load(const Packed* p) {
+    const vb pairs = bload((const uint8_t*)p);
+    return {vpair_bf16_lo(pairs), vpair_bf16_hi(pairs)};
+  }
+  template <int N>
+  FASTDL_INLINE void add(vf (&acc)[N], const Vector (&w)[N], const Operand* x) {
+    const vf even = vset1(x[0]), odd = vset1(x[1]);
+    for (int n = 0; n < N; ++n) acc[n] = vfma(w[n].odd, odd, vfma(w[n].even, even, acc[n]));
+  }
+#endif
+};
+
+#if defined(__AVX512F__) && defined(__AVX512VNNI__)
+constexpr int MAX_ROWS = 6;  // 24 sums, 4 weights, a broadcast: 29 of 32 registers
+#elif defined(__AVX2__)
+constexpr int MAX_ROWS = 3;  // 12 sums of 16 registers; weights are operands in memory
+#else
+constexpr int MAX_ROWS = 4;
+#endif
+
+template <class W, int M, int N>
+void tile(const typename W::Operand* a, int64_t lda, const uint8_t* const* panels, int64_t k, float* out) {
+  for (int part = 0; part < PARTS; ++part) {
+    const typename W::Packed* w[N];
+    for (int n = 0; n < N; ++n) w[n] = (const typename W::Packed*)panels[n] + part * LANES * W::STEP;
+    vf acc[M][N];
+    for (int m = 0; m < M; ++m)
+      for (int n = 0; n < N; ++n) acc[m][n] = vset1(0.0f);
+    for (int64_t i = 0; i < k; i += W::STEP) {
+      typename W::Vector v[N];
+      for (int n = 0; n < N; ++n) v[n] = W::load(w[n] + i * PANEL_COLS);
+      for (int m = 0; m < M; ++m) W::add(acc[m], v, a + m * lda + i);
+    }
+    for (int m = 0; m < M; ++m)
+      for (int n = 0; n < N; ++n) vstore(out + (m * N + n) * PANEL_COLS + part * LANES, acc[m][n]);
+  }
+}
+
+template <class W, int N>
+void with_rows(const void* a_, int64_t lda, const uint8_t* const* panels, int64_t k, int rows, float* out) {
+  const auto* a = (const typename W::Operand*)a_;
+  switch (rows) {
+    case 1: return tile<W, 1, N>(a, lda, panels, k, out);
+    case 2: return tile<W, 2, N>(a, lda, panels, k, out);
+    case 3: return tile<W, 3, N>(a, lda, panels, k, out);
+#if !defined(__AVX2__) || defined(__AVX512F__)
+    case 4: return tile<W, 4, N>(a, lda, panels, k, out);
+#endif
+#if defined(__AVX512F__)
+    case 5: return tile<W, 5, N>(a, lda, panels, k, out);
+    case 6: return tile<W, 6, N>(a, lda, panels, k, out);
+#endif
+    default: __builtin_unreachable();
+  }
+}
+
+template <class W>
+void with_panels(const void* a, int64_t lda, const uint8_t* const* panels, int count, int64_t k, int rows, float* out) {
+  switch (count) {
+    case 1: return with_rows<W, 1>(a, lda, panels, k, rows, out);
+    case 2: return with_rows<W, 2>(a, lda, panels, k, rows, out);
+    case 3: return with_rows<W, 3>(a, lda, panels, k, rows, out);
+    case 4: return with_rows<W, 4>(a, lda, panels, k, rows, out);
+    default: __builtin_unreachable();
+  }
+}
+
+void any_tile(int format, const void* a, int64_t lda, const uint8_t* const* panels, int count, int64_t k, int rows,
+              float* out) {
+  if (format == FORMAT_BF16) return with_panels<BFloat16Product>(a, lda, panels, count, k, rows, out);
+  with_panels<Float32Product>(a, lda, panels, count, k, rows, out);
+}
+
+// [16][16] of T::Element to float32, or bfloat16 as it is; what is not there is zero.
+constexpr int64_t SQUARE = 16;
+
+template <class T>
+void pack_rows_of(const void* from_, int64_t stride, int64_t n, int64_t k, uint8_t* to_) {
+  using Element = typename T::Element;
+  constexpr bool pairs = __is_same(T, BF16);
+  const Element* from = (const Element*)from_;
+  float square[SQUARE][SQUARE] = {};
+  uint16_t narrow[SQUARE][SQUARE] = {};
+  for (int64_t k0 = 0; k0 < k; k0 += SQUARE) {
+    const int64_t width = k - k0 < SQUARE ? k - k0 : SQUARE, padded = (width + 1) / 2 * 2;
+    for (int64_t row = 0; row < n; ++row) {
+      const Element* line = from + row * stride + k0;
+      if constexpr (pairs) {
+        memcpy(narrow[row], line, (size_t)width * 2);
+        if (padded > width) narrow[row][width] = 0;
+      } else {
+        for (int64_t i = 0; i < SQUARE; i += LANES)
+          if (i < width)
+            vstore(square[row] + i, width - i >= LANES ? T::load(line + i) : load_part<T>(line + i, width - i));
+        if (padded > width) square[row][width] = 0.0f;
+      }
+    }
+    if constexpr (pairs) {
+      uint16_t* to = (uint16_t*)to_ + k0 * SQUARE;
+      for (int64_t i = 0; i < padded; i += 2)
+        for (int64_t row = 0; row < SQUARE; ++row) {
+          to[i * SQUARE + row * 2] = narrow[row][i];
+          to[i * SQUARE + row * 2 + 1] = narrow[row][i + 1];
+        }
+    } else {
+      float* to = (float*)to_ + k0 * SQUARE;
+      for (int64_t i = 0; i < padded; ++i)
+        for (int64_t row = 0; row < SQUARE; ++row) to[i * SQUARE + row] = square[row][i];
+    }
+  }
+}
+
+template <class T>
+void pack_cols_of(const void* from_, int64_t stride, int64_t n, int64_t k, int64_t k0, uint8_t* to_) {
+  using Element = typename T::Element;
+  constexpr bool pairs = __is_same(T, BF16);
+  const Element* from = (const Element*)from_;
+  for (int64_t i = 0; i < (pairs ? (k + 1) / 2 * 2 : k); ++i) {
+    const Element* line = from + i * stride;
+    if constexpr (pairs) {
+      uint16_t* to = (uint16_t*)to_ + (k0 + i) / 2 * 2 * SQUARE + i % 2;
+      for (int64_t col = 0; col < SQUARE; ++col) to[col * 2] = col < n && i < k ? line[col] : (uint16_t)0;
+    } else {
+      float* to = (float*)to_ + (k0 + i) * SQUARE;
+      for (int64_t col = 0; col < SQUARE; col += LANES) {
+        const int64_t here = n - col;
+        vstore(to + col, here >= LANES ? T::load(line + col) : here > 0 ? load_part<T>(line + col, here) : vset1(0.0f));
+      }
+    }
+  }
+}
+
+void pack_rows(int format, const void* from, int64_t stride, int64_t n, int64_t k, uint8_t* to) {
+  dispatch(format, [&](auto type) { pack_rows_of<decltype(type)>(from, stride, n, k, to); });
+}
+
+void pack_cols(int format, const void* from, int64_t stride, int64_t n, int64_t k, int64_t k0, uint8_t* to) {
+  dispatch(format, [&](auto type) { pack_cols_of<decltype(type)>(from, stride, n, k, k0, to); });
+}
+
+}  // namespace
+
+extern const RecurrentProduct recurrent_product = {any_tile, pack_rows, pack_cols, MAX_ROWS};
+
+}  // namespace FASTDL_LEVEL
+}  // namespace fastdl
