@@ -3,8 +3,8 @@ added up, cast, and the recurrent weights packed as the CPU kernels read them.
 
 What is prepared is kept beside the module, not in it, so copies, pickles and state_dicts know nothing of it, and is
 valid while every parameter is the same object in the same memory with the same version (torch counts in-place changes).
-Writes through ``parameter.data`` are not counted: a sample of each parameter is compared as well, and train() and eval()
-forget what was prepared.
+Writes through ``parameter.data`` are not counted: a sample of each parameter is compared as well, and train() and
+eval() forget what was prepared.
 """
 
 from __future__ import annotations
