@@ -82,6 +82,15 @@ FASTDL_INLINE void vstore_i8(int8_t* p, vi a) {
   const __m128i w = _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
   _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(w, w));
 }
+FASTDL_INLINE vi vloadi(const int32_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
+FASTDL_INLINE vi vxori(vi a, vi b) { return _mm256_xor_si256(a, b); }
+FASTDL_INLINE vi vsigni(vi a) { return _mm256_srai_epi32(a, 31); }
+FASTDL_INLINE void vmul_halves(vi a, uint32_t m, vi* high, vi* low) {
+  const __m256i factor = _mm256_set1_epi32((int)m);
+  const __m256i even = _mm256_mul_epu32(a, factor), odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), factor);
+  *high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+  *low = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+}
 FASTDL_INLINE vi vaddi(vi a, vi b) { return _mm256_add_epi32(a, b); }
 FASTDL_INLINE int32_t vsumi(vi a) {
   __m128i s = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));

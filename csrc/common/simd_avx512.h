@@ -71,6 +71,16 @@ FASTDL_INLINE vf vload_i8(const int8_t* p) {
 }
 // LANES float32, rounded to nearest even, saturated and stored as int8.
 FASTDL_INLINE void vstore_i8(int8_t* p, vi a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(a)); }
+FASTDL_INLINE vi vloadi(const int32_t* p) { return _mm512_loadu_si512(p); }
+FASTDL_INLINE vi vxori(vi a, vi b) { return _mm512_xor_si512(a, b); }
+FASTDL_INLINE vi vsigni(vi a) { return _mm512_srai_epi32(a, 31); }  // -1 where a < 0, else 0
+// a * m as unsigned 64-bit products: their upper and lower halves
+FASTDL_INLINE void vmul_halves(vi a, uint32_t m, vi* high, vi* low) {
+  const __m512i factor = _mm512_set1_epi32((int)m);
+  const __m512i even = _mm512_mul_epu32(a, factor), odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), factor);
+  *high = _mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xaaaa, odd);
+  *low = _mm512_mask_mov_epi32(even, 0xaaaa, _mm512_slli_epi64(odd, 32));
+}
 FASTDL_INLINE vi vaddi(vi a, vi b) { return _mm512_add_epi32(a, b); }
 FASTDL_INLINE int32_t vsumi(vi a) { return _mm512_reduce_add_epi32(a); }
 

@@ -102,6 +102,20 @@ FASTDL_INLINE vf vload_i8(const int8_t* p) {
 FASTDL_INLINE void vstore_i8(int8_t* p, vi a) {
   for (int i = 0; i < LANES; ++i) p[i] = (int8_t)(a[i] > 127 ? 127 : a[i] < -128 ? -128 : a[i]);
 }
+FASTDL_INLINE vi vloadi(const int32_t* p) {
+  vi r;
+  memcpy(&r, p, sizeof r);
+  return r;
+}
+FASTDL_INLINE vi vxori(vi a, vi b) { return a ^ b; }
+FASTDL_INLINE vi vsigni(vi a) { return a >> 31; }
+FASTDL_INLINE void vmul_halves(vi a, uint32_t m, vi* high, vi* low) {
+  for (int i = 0; i < LANES; ++i) {
+    const uint64_t product = (uint64_t)(uint32_t)a[i] * m;
+    (*high)[i] = (int32_t)(product >> 32);
+    (*low)[i] = (int32_t)product;
+  }
+}
 FASTDL_INLINE vi vaddi(vi a, vi b) { return a + b; }
 FASTDL_INLINE int32_t vsumi(vi a) {
   int32_t s = 0;

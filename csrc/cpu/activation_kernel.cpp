@@ -6,6 +6,7 @@
 // Test: pytest tests/test_activation.py
 #include "cpu/activation_kernel.h"
 
+#include "common/philox.h"
 #include "common/simd_math.h"
 #include "cpu/rows_kernel.h"
 

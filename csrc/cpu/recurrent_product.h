@@ -26,7 +26,7 @@ static inline int64_t packed_panel_bytes(int format, int64_t k) {
 }
 
 struct RecurrentProduct {
-  // out[row][panel][16] = a[row] . panels[panel]; rows <= max_rows, count <= 4; lda in elements of the operand.
+  // out[row][panel][16] = a[row] . panels[panel]; rows <= rows_at_once, count <= 4; lda in elements of the operand.
   void (*tile)(int format, const void* a, int64_t lda, const uint8_t* const* panels, int count, int64_t k, int rows,
                float* out);
   // One panel from a matrix whose outputs are rows: row i is at from + i * stride, n <= 16 of them are there.
@@ -34,7 +34,9 @@ struct RecurrentProduct {
   // One panel from a matrix whose outputs are columns: input i is at from + i * stride, n <= 16 outputs; `to` starts at
   // input k0 (even) of the panel.
   void (*pack_cols)(int format, const void* from, int64_t stride, int64_t n, int64_t k, int64_t k0, uint8_t* to);
-  int max_rows;
+  // How many of `rows` rows a call of `tile` takes at most; cut into even blocks of so many, no block is below what the
+  // level needs.
+  int (*rows_at_once)(int format, int64_t rows);
 };
 
 #define FASTDL_DECLARE(variant) \

@@ -7,6 +7,7 @@
 // Test: pytest tests/test_lstm.py -k cpu
 #include "cpu/recurrent_product.h"
 
+#include "cpu/amx_tile.h"
 #include "cpu/rows_kernel.h"
 
 namespace fastdl {
@@ -110,8 +111,69 @@ void with_panels(const void* a, int64_t lda, const uint8_t* const* panels, int c
   }
 }
 
+#if defined(FASTDL_HAS_TILES)
+constexpr int TILE_K = 32;           // inputs an AMX tile takes
+constexpr int FEWEST_TILE_ROWS = 4;  // fewer rows leave most of a tile empty
+
+// The same with AMX tiles, up to 16 rows. What is not there is staged as zeros.
+void amx_tile(const uint16_t* a, int64_t lda, const uint8_t* const* panels, int count, int64_t k, int rows,
+              float* out) {
+  alignas(64) uint16_t left[16 * TILE_K] = {}, right[16 * TILE_K] = {};
+  alignas(64) float sums[16 * PANEL_COLS];
+  tiles_begin();
+  TILE_ZERO(0);
+  TILE_ZERO(1);
+  TILE_ZERO(2);
+  TILE_ZERO(3);
+  for (int64_t k0 = 0; k0 < k; k0 += TILE_K) {
+    const int64_t here = k - k0 < TILE_K ? k - k0 : TILE_K, padded = (here + 1) / 2 * 2;
+    if (here < TILE_K) memset(left, 0, sizeof left);
+    for (int m = 0; m < rows; ++m) memcpy(left + m * TILE_K, a + m * lda + k0, (size_t)here * 2);
+    TILE_LOAD(4, left);
+    const auto inputs = [&](int n) -> const void* {
+      const uint8_t* const from = panels[n] + k0 * PANEL_COLS * 2;
+      if (here == TILE_K) return from;
+      memset(right, 0, sizeof right);
+      memcpy(right, from, (size_t)padded * PANEL_COLS * 2);
+      return right;
+    };
+#define FASTDL_TILE_STEP(n)      \
+  if (n < count) {               \
+    TILE_LOAD(5, inputs(n));     \
+    TILE_DOT_BF16(n, 4, 5);      \
+  }
+    FASTDL_TILE_STEP(0) FASTDL_TILE_STEP(1) FASTDL_TILE_STEP(2) FASTDL_TILE_STEP(3)
+#undef FASTDL_TILE_STEP
+  }
+  const auto write = [&](int n) {
+    for (int m = 0; m < rows; ++m) memcpy(out + (m * count + n) * PANEL_COLS, sums + m * PANEL_COLS, PANEL_COLS * 4);
+  };
+#define FASTDL_TILE_WRITE(n) \
+  if (n < count) {           \
+    TILE_STORE(n, sums);     \
+    write(n);                \
+  }
+  FASTDL_TILE_WRITE(0)
+  FASTDL_TILE_WRITE(1) FASTDL_TILE_WRITE(2) FASTDL_TILE_WRITE(3)
+#undef FASTDL_TILE_WRITE
+      tiles_end();
+}
+#endif
+
+int rows_at_once(int format, int64_t rows) {
+#if defined(FASTDL_HAS_TILES)
+  if (format == FORMAT_BF16 && rows >= FEWEST_TILE_ROWS) return 16;
+#endif
+  (void)format, (void)rows;
+  return MAX_ROWS;
+}
+
 void any_tile(int format, const void* a, int64_t lda, const uint8_t* const* panels, int count, int64_t k, int rows,
               float* out) {
+#if defined(FASTDL_HAS_TILES)
+  if (format == FORMAT_BF16 && rows >= FEWEST_TILE_ROWS)
+    return amx_tile((const uint16_t*)a, lda, panels, count, k, rows, out);
+#endif
   if (format == FORMAT_BF16) return with_panels<BFloat16Product>(a, lda, panels, count, k, rows, out);
   with_panels<Float32Product>(a, lda, panels, count, k, rows, out);
 }
@@ -185,7 +247,7 @@ void pack_cols(int format, const void* from, int64_t stride, int64_t n, int64_t 
 
 }  // namespace
 
-extern const RecurrentProduct recurrent_product = {any_tile, pack_rows, pack_cols, MAX_ROWS};
+extern const RecurrentProduct recurrent_product = {any_tile, pack_rows, pack_cols, rows_at_once};
 
 }  // namespace FASTDL_LEVEL
 }  // namespace fastdl

@@ -65,7 +65,7 @@ template <class T, class Emit>
 FASTDL_INLINE void each_row(const RecurrentArgs& a, int64_t t, const uint8_t* operand, int64_t stride,
                             const uint8_t* const* panels, int count, int64_t k, const Emit& emit) {
   alignas(64) float out[TILE_ROWS * 4 * PANEL_COLS];
-  const int64_t blocks = (a.batch + recurrent_product.max_rows - 1) / recurrent_product.max_rows;
+  const int64_t most = recurrent_product.rows_at_once(a.format, a.batch), blocks = (a.batch + most - 1) / most;
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t row0 = a.batch * b / blocks, row1 = a.batch * (b + 1) / blocks;
     bool any = !a.lengths;

@@ -3,7 +3,6 @@
 #pragma once
 
 #include "common/formats.h"
-#include "common/philox.h"
 #include "common/simd.h"
 
 #define FASTDL_STEP __attribute__((always_inline))  // of a lambda that handles one vector of a row
@@ -105,11 +104,32 @@ __attribute__((always_inline)) static inline void for_each(int64_t cols, const S
 
 FASTDL_INLINE float total(const vf (&sums)[4]) { return vsum(vadd(vadd(sums[0], sums[1]), vadd(sums[2], sums[3]))); }
 
-// 0 or scale for the elements index .. index + LANES - 1.
+// Uniform numbers of the elements index .. index + LANES - 1: philox_uniform (common/philox.h) in all lanes at once.
+FASTDL_INLINE vf philox_lanes(uint64_t seed, uint64_t index) {
+  int32_t low[LANES], high[LANES];
+  for (int i = 0; i < LANES; ++i) {
+    low[i] = (int32_t)(uint32_t)(index + (uint64_t)i);
+    high[i] = (int32_t)(uint32_t)((index + (uint64_t)i) >> 32);
+  }
+  vi c0 = vloadi(low), c1 = vloadi(high), c2 = vset1i(0), c3 = vset1i(0);
+  uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    vi a_high, a_low, b_high, b_low;
+    vmul_halves(c0, 0xD2511F53u, &a_high, &a_low);
+    vmul_halves(c2, 0xCD9E8D57u, &b_high, &b_low);
+    c0 = vxori(vxori(b_high, c1), vset1i((int32_t)k0));
+    c1 = b_low;
+    c2 = vxori(vxori(a_high, c3), vset1i((int32_t)k1));
+    c3 = a_low;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return vmul(vcvt(vxori(c0, vsigni(c0))), vset1(4.6566127342e-10f));
+}
+
+// 0 or scale for the elements index .. index + LANES - 1: what philox_dropout gives for each.
 FASTDL_INLINE vf dropout(uint64_t seed, int64_t index, float p, float scale) {
-  float keep[LANES];
-  for (int i = 0; i < LANES; ++i) keep[i] = philox_dropout(seed, (uint64_t)(index + i), p, scale);
-  return vload(keep);
+  return vselect_le(vset1(p), philox_lanes(seed, (uint64_t)index), vset1(scale), vset1(0.0f));
 }
 
 // v * keep, and 0 where keep is 0 (v may be infinite)
