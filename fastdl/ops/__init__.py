@@ -14,6 +14,7 @@ from .attention import attention
 from .batch_norm import batch_norm
 from .decoder_block import DecoderLayer, DecoderStack, decoder_blocks
 from .group_norm import group_norm
+from .linear_scan import linear_scan
 from .norm import layer_norm, rms_norm
 from .quant_matmul import auto_activation, quant_embedding, quant_matmul, quantize
 from .rope import rope, rope_table
@@ -37,6 +38,7 @@ ROOMS: dict[str, Room] = {
     "norm": Room(("layer_norm", "rms_norm"), ("cpu", "cuda", "triton"), ("LayerNorm", "RMSNorm")),
     "group_norm": Room(("group_norm",), ("cpu", "cuda", "triton"), ("GroupNorm",)),
     "batch_norm": Room(("batch_norm",), ("cpu", "cuda", "triton"), ("BatchNorm1d", "BatchNorm2d")),
+    "linear_scan": Room(("linear_scan",)),
     "rope": Room(("rope", "rope_table")),
     "attention": Room(("attention",)),
     "activation": Room(("activation", "swiglu", "geglu"), ("cpu", "cuda", "triton"), ("Activation", "GatedMLP")),
@@ -55,6 +57,7 @@ __all__ = [
     "geglu",
     "group_norm",
     "layer_norm",
+    "linear_scan",
     "quant_embedding",
     "quant_matmul",
     "quantize",
