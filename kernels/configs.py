@@ -77,6 +77,8 @@ _TABLE: dict[str, dict[int, Config]] = {
     "batch_norm_products_columns": {32: Config(32, 4), 128: Config(16, 4)},
     "batch_norm_sums": {32: Config(32, 4)},
     "batch_norm_dx": {1024: Config(1, 4)},
+    "linear_scan_run": {8: Config(32, 1), 32: Config(64, 4)},  # rows: steps of a tile
+    "linear_scan_carry": {256: Config(1, 1)},
 }
 
 # Where a class of architectures departs from the table.

@@ -1,4 +1,4 @@
-"""Room linear_scan: the recurrence in every lane, against a loop of torch's operations by the rule of fastdl.testing."""
+"""Room linear_scan in every lane, against a loop of torch's operations by the rule of fastdl.testing."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ def loop(a, b, h0=None, reverse=False):
     if not b.shape[1]:
         return a * b if h0 is None else a * b * h0[:, None]
     state = torch.zeros_like(b[:, 0]) if h0 is None else h0.to(b.dtype)
-    found = [state] * b.shape[1]
-    for t in reversed(range(b.shape[1])) if reverse else range(b.shape[1]):
-        state = found[t] = a[:, t] * state + b[:, t]
+    a, b = a.unbind(1), b.unbind(1)
+    found = [state] * len(b)
+    for t in reversed(range(len(b))) if reverse else range(len(b)):
+        state = found[t] = a[t] * state + b[t]
     return torch.stack(found, 1)
 
 
@@ -39,6 +40,12 @@ def make(shape, dtype, device="cpu", *, grad=True):
     a = torch.tanh(a) * 0.7 if parts else torch.sigmoid(a + 1)
     found = (t.to(real) for t in (a, b, h0))
     return tuple((torch.view_as_complex(t) if parts else t).requires_grad_(grad) for t in found)
+
+
+def small(lane, shape):
+    """Triton's interpreter composes maps one element at a time, 0.1 ms each; its tiles and chunks are small too."""
+    batch, length, channels = shape
+    return shape if lane.name != "triton interpreted" else (min(batch, 2), min(length, 40), min(channels, 11))
 
 
 def compare(lane, tensors, *, reverse=False, view=lambda t: t):
@@ -64,6 +71,7 @@ def compare(lane, tensors, *, reverse=False, view=lambda t: t):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_contract(lane, shape, reverse):
     """Outputs and all gradients in every dtype of the lane, complex numbers too, with and without h0."""
+    shape = small(lane, shape)
     for dtype in (*lane.dtypes, torch.complex64):
         tensors = make(shape, dtype, lane.device)
         compare(lane, tensors, reverse=reverse)
@@ -74,8 +82,7 @@ def test_contract(lane, shape, reverse):
 @pytest.mark.parametrize("shape", LONG, ids=str)
 def test_long_sequences(lane, shape, reverse):
     """Time is cut into chunks where there are few channels."""
-    if lane.name == "triton interpreted":
-        shape = (shape[0], shape[1] // 4, shape[2])
+    shape = small(lane, shape)
     for dtype in (lane.dtypes[0], lane.dtypes[1], torch.complex64):
         compare(lane, make(shape, dtype, lane.device), reverse=reverse)
 
@@ -105,11 +112,14 @@ def test_expanded_coefficients(lane):
     _, b, h0 = make((3, 20, 24), torch.float32, lane.device)
     for shape in ((1, 1, 24), (3, 1, 24), (1, 20, 24), (1, 1, 1), (3, 20, 1)):
         a = torch.rand(shape, device=lane.device).requires_grad_()
-        check(
-            lambda a, b, h0: ops.linear_scan(a, b, h0, backend=lane.backend),
-            (a, b, h0),
-            peer=lambda a, b, h0: loop(a.expand(b.shape), b, h0),
-        )
+        y = ops.linear_scan(a, b, h0, backend=lane.backend)
+        tensors = [t.detach().double().requires_grad_() for t in (a, b, h0)]
+        exact = loop(tensors[0].expand(b.shape), *tensors[1:])
+        torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)
+        grads = torch.autograd.grad(y, (a, b, h0), b)
+        # Sums of up to 1440 numbers that cancel: a few units of float32 of the largest partial sum.
+        for ours, theirs in zip(grads, torch.autograd.grad(exact, tensors, b.double()), strict=True):
+            torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-3 if ours is grads[0] else 1e-5)
 
 
 def test_dtypes_are_promoted(lane):
@@ -127,7 +137,7 @@ def test_dtypes_are_promoted(lane):
 
 def test_states_in_float32(lane):
     """16-bit steps of 2^-12 add up, though a 16-bit sum stands still at 16 and 2."""
-    steps = 4000 if lane.name != "triton interpreted" else 1000
+    steps = 4000 if lane.name != "triton interpreted" else 500
     b = torch.full((1, steps, 3), 2.0**-8, device=lane.device, dtype=lane.dtypes[1])
     y = ops.linear_scan(torch.ones_like(b), b, torch.full((1, 3), 16.0, device=lane.device), backend=lane.backend)
     torch.testing.assert_close(
@@ -137,11 +147,12 @@ def test_states_in_float32(lane):
 
 def test_nan_and_inf_go_through(lane):
     """From the step on where they stand, in their channel alone; an overflowing product meets a state of 0."""
-    a, b, _ = make((1, 1200, 3), torch.float32, lane.device, grad=False)
-    b[0, 700, 1], a[0, 900, 2] = float("nan"), float("inf")
+    steps = 400 if lane.name == "triton interpreted" else 1200
+    a, b, _ = make((1, steps, 3), torch.float32, lane.device, grad=False)
+    b[0, 200, 1], a[0, 300, 2] = float("nan"), float("inf")
     y = ops.linear_scan(a, b, backend=lane.backend)
-    assert y[0, :700].isfinite().all() and y[..., 0].isfinite().all()
-    assert y[0, 700:, 1].isnan().all() and not y[0, 900:, 2].isfinite().any()
+    assert y[0, :200].isfinite().all() and y[..., 0].isfinite().all()
+    assert y[0, 200:, 1].isnan().all() and not y[0, 300:, 2].isfinite().any()
     grown = ops.linear_scan(torch.full_like(a, 2.0), torch.zeros_like(b), backend=lane.backend)
     assert not grown.any()
 

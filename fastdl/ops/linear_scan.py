@@ -2,15 +2,15 @@
 
     h_t = a_t * h_{t-1} + b_t        t = 1 .. length, from h_0 (zeros where none is given); reverse: from the end
 
-Channels do not see each other; a and b depend on time as they like. dtypes: float32, bfloat16 and float16 with the state
-in float32 (h is rounded, the state that goes on is not), complex64 for a complex diagonal; float64 and complex128 on the
-torch back end. Gradients to a, b and h0, twice. Padding: a step with a = 1 and b = 0 passes the state through.
+Channels do not see each other; a and b depend on time as they like. dtypes: float32, bfloat16 and float16 with the
+state in float32 (h is rounded, the state that goes on is not), complex64 for a complex diagonal; float64 and complex128
+on the torch back end. Gradients to a, b and h0, twice. Padding: a step with a = 1 and b = 0 passes the state through.
 
-Method: the composition of affine maps, (a, b) then (a', b'), is (a' a, a' b + b'), so time is cut into chunks whose maps
-are found side by side, the states at their ends follow from one short scan, and each chunk then runs from its state
-(Blelloch 1990; Martin and Cundy 2018). How time is cut is a function of the shape (cuda, triton: and of the GPU), never
-of the number of threads. Where there are channels enough time is not cut, and memory is read once. A product of a over a
-chunk may overflow where |a| > 1 for long; a state of exactly 0 stays clear of it.
+Method: affine maps compose, (a, b) then (a', b') is (a' a, a' b + b'), so time is cut into chunks whose maps are found
+side by side, the states at their ends follow from one short scan, and each chunk then runs from its state (Blelloch
+1990; Martin and Cundy 2018). How time is cut is a function of the shape (cuda, triton: and of the GPU), never of the
+number of threads. Where there are channels enough time is not cut, and memory is read once. A product of a over a chunk
+may overflow where |a| > 1 for long; a state of exactly 0 stays clear of it.
 
 Back ends: cpu (csrc/cpu/linear_scan*.cpp), cuda (csrc/cuda/linear_scan.cuh), triton (kernels/linear_scan.py), torch
 (fastdl/reference/linear_scan.py). What they refuse:
@@ -98,8 +98,8 @@ def linear_scan(
     reverse  run from the last step to the first
     backend  None or "auto", "cpu", "cuda", "triton", "torch"
 
-    Returns h [batch, length, channels], all states; the final one is h[:, -1] (h[:, 0] with reverse). Length 0 and batch
-    0 give empty h. Differentiable twice in a, b and h0.
+    Returns h [batch, length, channels], all states; the final one is h[:, -1] (h[:, 0] with reverse). Length 0 and
+    batch 0 give empty h. Differentiable twice in a, b and h0.
     Raises TypeError or ValueError naming the argument; fastdl.BackendError if ``backend`` cannot.
 
     >>> import torch, fastdl

@@ -5,7 +5,7 @@
     da_t = g_t * conj(h_{t-1}),  db_t = g_t,  dh0 = the last r
 
 States are float32 for 16-bit input, else of the dtype of a and b; outputs are rounded to that of a and b. A loop over
-time: O(T) work and depth. Blelloch, "Prefix sums and their applications" (1990), has the parallel form that kernels use.
+time: O(T) work and depth. Blelloch, "Prefix sums and their applications" (1990), has the parallel form of the kernels.
 Test: tests/test_linear_scan.py.
 """
 
