@@ -3,8 +3,8 @@
     forward    h_p = a_p h_{p-1} + b_p                          p counts in the order of the recurrence
     backward   g_p = conj(a_{p+1}) g_{p+1} + grad_p,            db = g,  da_p = g_p conj(h_{p-1}),  dh0 = conj(a_0) g_0
 
-`run` walks either: tiles of steps x channels, the affine maps of a tile composed by tl.associative_scan, the state of
-the tile before applied. Where channels and sequences fill less than the GPU, time is cut into chunks: `run` with SUMMARY
+`run` walks either: tiles of steps x channels, whose affine maps tl.associative_scan composes and the state of the tile
+before then enters. Where channels and sequences fill less than the GPU, time is cut into chunks: `run` with SUMMARY
 finds the map of each, `carry` the states before them. Complex numbers are pairs of float32. Floor: (reads of a, b +
 write of h) / bandwidth, without chunks.
 
@@ -107,8 +107,8 @@ def run(
         if states is not None:
             re, im = _load(states, part * batch * channels + channel, inside, COMPLEX)
         else:
-            if not BACKWARD:  # nested: Triton evaluates both sides of `and`, and h0 may be None
-                if h0 is not None:  # noqa: SIM102
+            if not BACKWARD:  # noqa: SIM102 - Triton wants each of the two by itself
+                if h0 is not None:
                     re, im = _load(h0, channel, inside, COMPLEX)
     for start in range(begin, end, ROWS):
         u = (start + tl.arange(0, ROWS))[:, None]
@@ -141,7 +141,7 @@ def run(
         s_re, s_im = _moved(a_re, a_im, b_re, b_im, re[None, :], im[None, :], COMPLEX)
         if not SUMMARY:
             _store(out, n * out_batch + p * out_step + c[None, :], s_re, s_im, mask, COMPLEX)
-            if BACKWARD:
+            if BACKWARD:  # noqa: SIM102
                 if da is not None:
                     h_re, h_im = _load(h, n * h_batch + (p - 1) * h_step + c[None, :], mask & (p > 0), COMPLEX)
                     if h0 is not None:
@@ -158,7 +158,7 @@ def run(
     if SUMMARY:
         _store(products, part * batch * channels + channel, whole_re, whole_im, inside, COMPLEX)
         _store(ends, part * batch * channels + channel, re, im, inside, COMPLEX)
-    elif BACKWARD:
+    elif BACKWARD:  # noqa: SIM102
         if end == length:
             a_re, a_im = _load(a, n * a_batch + c, inside, COMPLEX)
             if COMPLEX:
@@ -260,7 +260,7 @@ def linear_scan_backward(grad, a, h, h0, reverse, need_a) -> tuple[Tensor, Tenso
 
 
 def compile_cases(cc: int) -> Iterator[Case]:
-    """What tools/triton_compile.py compiles for the room: both walks of real and complex numbers, whole and in chunks."""
+    """What tools/triton_compile.py compiles for the room: both walks, real and complex, whole and in chunks."""
     dtype = "*fp16" if cc < 80 else "*bf16"
     types = dict.fromkeys(("h0", "dh0", "products", "ends", "states"), "*fp32")
     types |= dict.fromkeys(("batch", "length", "channels", "chunk", "all_channels", "chunks"), "i32")

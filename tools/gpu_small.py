@@ -141,11 +141,33 @@ def activation(device: str) -> int:
     return number
 
 
+def linear_scan(device: str) -> int:
+    """Forward and reverse, real and complex, with and without h0; one chunk and several, one channel and many."""
+    number = 0
+    shapes = ((1, 1, 1), (0, 3, 4), (2, 70, 40), (3, 5, 130), (1, 1100, 33), (1, 2500, 5))
+    dtypes = (torch.float32, torch.bfloat16, torch.complex64)
+    for shape, dtype, reverse in itertools.product(shapes, dtypes, (False, True)):
+
+        def run(backend, shape=shape, dtype=dtype, reverse=reverse):
+            wide = torch.promote_types(dtype, torch.float32)
+            a, b, grad = (torch.randn(shape, device=device, dtype=wide) for _ in range(3))
+            h0 = torch.randn(shape[0], shape[2], device=device, dtype=wide)
+            a = a.tanh() if not dtype.is_complex else a / (a.abs() + 1)
+            leaves = [t.to(dtype).requires_grad_() for t in (a, b)] + ([h0.requires_grad_()] if reverse else [])
+            h = ops.linear_scan(*leaves, reverse=reverse, backend=backend)
+            return tuple(torch.view_as_real(t) if t.is_complex() else t for t in gradients(h, leaves, grad.to(dtype)))
+
+        compare(f"linear_scan {shape} {dtype}", run, 5e-2 if dtype == torch.bfloat16 else 1e-4)
+        number += 1
+    return number
+
+
 CASES: dict[str, Callable[[str], int]] = {  # room -> function(device), returns how many cases it ran
     "norm": norm,
     "group_norm": group_norm,
     "batch_norm": batch_norm,
     "activation": activation,
+    "linear_scan": linear_scan,
 }
 
 
