@@ -35,10 +35,10 @@ class QRNN(nn.Module):
     backend        of the scan: None, "cpu", "cuda", "triton", "torch"
 
     ``forward(input, hx=None, *, lengths=None)``
-    input    [length, batch, input_size], with batch_first [batch, length, input_size]; without a batch [length, input_size]
+    input    [length, batch, input_size], with batch_first [batch, length, input_size]; or [length, input_size]
     hx       [num_layers * directions, batch, hidden_size], the states c before the first step, or None for zeros
-    lengths  int [batch] on any device, 0 .. length, in any order: steps of each sequence. Outputs past the end are
-             zero, and the final state is that after the last real step (of 0 steps: hx)
+    lengths  int [batch] on any device, 0 .. length, in any order: steps of each sequence. Outputs past the end
+             are zero, and the final state is that after the last real step (without a step: hx)
 
     Returns (output, h_n): output as input with directions * hidden_size features; h_n like hx, the final states c, which
     are the next segment's hx. (With "f" c is the last output; with the other two output = o c.)
@@ -193,10 +193,10 @@ def _check_lengths(lengths: Tensor, batch: tuple[int, ...], steps: int) -> None:
 class S4D(nn.Module):
     """Diagonal state space layer: every feature has d_state / 2 complex states of its own, and their conjugates.
 
-        h' = A h + u,  y = 2 Re(C h) + D u              A = -exp(log_A_real) + i A_imag, in steps of exp(log_dt)
-        h_t = a h_{t-1} + b u_t                         zoh: a = exp(dt A), b = (a - 1) / A
-                                                        bilinear: a = (1 + dt A / 2) / (1 - dt A / 2), b = dt / (1 - dt A / 2)
-        out = glu(linear(dropout(gelu(y))))             the mixing of features; glu=False leaves it out
+        h' = A h + u,  y = 2 Re(C h) + D u       A = -exp(log_A_real) + i A_imag, in steps of exp(log_dt)
+        h_t = a h_{t-1} + b u_t                  zoh: a = exp(dt A), b = (a - 1) / A
+                                                 bilinear: a = (1 + dt A / 2) b / dt, b = dt / (1 - dt A / 2)
+        out = glu(linear(dropout(gelu(y))))      the mixing of features; glu=False leaves it out
 
     d_model         features
     d_state         even, states of a feature (with their conjugates)
