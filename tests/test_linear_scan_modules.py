@@ -56,7 +56,8 @@ def test_qrnn_is_the_papers(lane, window, pooling):
 
 def test_qrnn_lengths_equal_each_sequence_alone(lane):
     lengths = torch.tensor([6, 1, 0, 4], device=lane.device)
-    for window, pooling, batch_first in itertools.product((1, 2), ("fo", "ifo"), (False, True)):
+    windows = (2,) if lane.name == "triton interpreted" else (1, 2)
+    for window, pooling, batch_first in itertools.product(windows, ("fo", "ifo"), (False, True)):
         options = {"window": window, "pooling": pooling, "bidirectional": True, "batch_first": batch_first}
         layer = QRNN(5, 6, 2, **options, backend=lane.backend).to(lane.device)
         x, h0 = torch.randn(4, 6, 5, device=lane.device), torch.randn(4, 4, 6, device=lane.device)

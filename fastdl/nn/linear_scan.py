@@ -24,7 +24,7 @@ class QRNN(nn.Module):
         z = tanh(W_z x),  f = sigmoid(W_f x),  o = sigmoid(W_o x),  i = sigmoid(W_i x)
         c_t = f c_{t-1} + (1 - f) z             "fo"; "f" too, whose output is c
         c_t = f c_{t-1} + i z                   "ifo"
-        output_t = o c_t                        x: the input at t, with window 2 at t - 1 and t (zeros before the first)
+        output_t = o c_t                        x: the input at t, with window 2 at t - 1 (zeros at first) and t
 
     input_size, hidden_size, num_layers, bias, batch_first, bidirectional   as nn.GRU's
     window         1 or 2: inputs that a gate sees; the backward direction of time sees t and t + 1
@@ -40,8 +40,8 @@ class QRNN(nn.Module):
     lengths  int [batch] on any device, 0 .. length, in any order: steps of each sequence. Outputs past the end
              are zero, and the final state is that after the last real step (without a step: hx)
 
-    Returns (output, h_n): output as input with directions * hidden_size features; h_n like hx, the final states c, which
-    are the next segment's hx. (With "f" c is the last output; with the other two output = o c.)
+    Returns (output, h_n): output as input with directions * hidden_size features; h_n like hx, the final states c: the
+    next segment's hx. (With "f" c is the last output; with the other two output = o c.)
     Parameters weight_l<k>[_reverse] [gates * hidden_size, window * features], the older input first, and bias_l<k>;
     gates in the order z f o i.
 
@@ -209,8 +209,8 @@ class S4D(nn.Module):
 
     ``forward(u, state=None, *, return_state=False)``
     u      [batch, length, d_model], float32 (16-bit input is widened inside)
-    state  [batch, d_model, d_state / 2] complex64, that before the first step, or None; with it, and with return_state,
-           the scan is taken
+    state  [batch, d_model, d_state / 2] complex64, that before the first step, or None; with it, and with
+           return_state, the scan is taken
     Returns out [batch, length, d_model], or (out, state). ``step(u, state)``: one step, u [batch, d_model].
 
     >>> import torch, fastdl

@@ -18,6 +18,7 @@ from .linear_scan import linear_scan
 from .norm import layer_norm, rms_norm
 from .quant_matmul import auto_activation, quant_embedding, quant_matmul, quantize
 from .rope import rope, rope_table
+from .selective_scan import selective_scan
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ ROOMS: dict[str, Room] = {
     "group_norm": Room(("group_norm",), ("cpu", "cuda", "triton"), ("GroupNorm",)),
     "batch_norm": Room(("batch_norm",), ("cpu", "cuda", "triton"), ("BatchNorm1d", "BatchNorm2d")),
     "linear_scan": Room(("linear_scan",), ("cpu", "cuda", "triton"), ("QRNN", "S4D")),
+    "selective_scan": Room(("selective_scan",), ("cpu",), ("Mamba",)),
     "rope": Room(("rope", "rope_table")),
     "attention": Room(("attention",)),
     "activation": Room(("activation", "swiglu", "geglu"), ("cpu", "cuda", "triton"), ("Activation", "GatedMLP")),
