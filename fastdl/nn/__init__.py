@@ -6,6 +6,7 @@ from .group_norm import GroupNorm
 from .linear_scan import QRNN, S4D
 from .norm import LayerNorm, RMSNorm
 from .quant_matmul import QuantEmbedding, QuantLinear
+from .selective_scan import Mamba
 
 __all__ = [
     "QRNN",
@@ -16,6 +17,7 @@ __all__ = [
     "GatedMLP",
     "GroupNorm",
     "LayerNorm",
+    "Mamba",
     "QuantEmbedding",
     "QuantLinear",
     "RMSNorm",

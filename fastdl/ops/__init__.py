@@ -66,5 +66,6 @@ __all__ = [
     "rms_norm",
     "rope",
     "rope_table",
+    "selective_scan",
     "swiglu",
 ]

@@ -4,8 +4,8 @@
     h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t        [dim, state] for each sequence
     y_t = (C_t h_t + D x_t) silu(z_t)               the sum over the state; without D, without z
 
-States and sums are float32 (float64 for float64). Gu and Dao, "Mamba: linear-time sequence modeling with selective state
-spaces" (2023). Test: tests/test_selective_scan.py.
+States and sums are float32 (float64 for float64). Gu and Dao, "Mamba: linear-time sequence modeling with selective
+state spaces" (2023). Test: tests/test_selective_scan.py.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def selective_scan_forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x, delta, z [batch, length, dim]; B, C [batch, length, state]; A [dim, state], D, delta_bias [dim] and h0 [batch,
-    dim, state] in the compute dtype -> y like x, the last h [batch, dim, state], and with keep the states before steps 0,
-    CHUNK, 2 CHUNK, ... [batch, chunks, state, dim], else [0]."""
+    dim, state] in the compute dtype -> y like x, the last h [batch, dim, state], and with keep the states before steps
+    0, CHUNK, 2 CHUNK, ... [batch, chunks, state, dim], else [0]."""
     wide = compute_dtype(x.dtype)
     batch, length, dim = x.shape
     dt, _ = _steps(delta, delta_bias, softplus, wide)
