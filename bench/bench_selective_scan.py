@@ -3,10 +3,9 @@
     pytest bench/bench_selective_scan.py                    best level of this machine
     FASTDL_ISA=avx2 pytest bench/bench_selective_scan.py    a lower one
 
-Shapes are those of Mamba-130M (1536 channels of 16 states): a prompt of 512 tokens, and a batch of 4 x 256. The peer steps
-through time with [batch, dim, state] tensors; the whole [batch, length, dim, state] at once would be 50 MB at 512 tokens
-and more than twice as slow to fill as the loop. The op is bound by exp, not by bytes; the share of the limit counts x,
-delta, z, B, C and y, and for the gradients their gradients too.
+Shapes are those of Mamba-130M (1536 channels of 16 states): a prompt of 512 tokens, and a batch of 4 x 256. The peer
+steps through time with [batch, dim, state] tensors. The op is bound by exp, not by bytes; the share of the limit counts
+x, delta, z, B, C and y, and for the gradients their gradients too.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from fastdl.testing import check
 
 # batch, length, dim, state: odd, one of each, none; more channels than a range has, more steps than a chunk.
 SHAPES = [(7, 5, 4, 1), (3, 5, 1, 6), (2, 1, 7, 5), (0, 4, 8, 4), (2, 16, 16, 16), (1, 37, 70, 4), (3, 18, 33, 8)]
+SHAPES += [(1, 18, 5, 40), (1, 6, 3, 100), (1, 200, 6, 3)]  # many states; steps enough for segments of time
 NAMES = ("x", "delta", "A", "B", "C", "D", "z", "delta_bias", "h0")
 
 
@@ -43,7 +44,11 @@ def make(shape, dtype, device="cpu", *, grad=True):
     x, z = (torch.randn(batch, length, dim, device=device) for _ in range(2))
     delta = torch.rand(batch, length, dim, device=device) * 0.5 + 0.2  # above 0 without the softplus too
     B, C = (torch.randn(batch, length, state, device=device) for _ in range(2))
-    A, D, bias = -torch.rand(dim, state, device=device) * 2, torch.randn(dim, device=device), torch.rand(dim) * 0.3
+    A, D, bias = (
+        -0.2 - torch.rand(dim, state, device=device) * 2,
+        torch.randn(dim, device=device),
+        torch.rand(dim) * 0.3,
+    )
     h0 = torch.randn(batch, dim, state, device=device)
     narrow = [t.to(dtype) for t in (x, delta, B, C, z)]
     others = [t.to(device, wide) for t in (A, D, bias, h0)]
@@ -59,7 +64,9 @@ def ours(lane, x, delta, A, B, C, D=None, z=None, delta_bias=None, h0=None, *, s
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_contract(lane, shape):
     """Every option on: outputs and all gradients, in every dtype of the lane."""
-    for dtype in lane.dtypes:
+    if lane.name == "triton interpreted":  # some milliseconds a step
+        shape = (shape[0], min(shape[1], 34), *shape[2:])
+    for dtype in lane.dtypes[:2] if shape[1] > 20 else lane.dtypes:
         check(
             lambda *t: ours(lane, *t, softplus=True),
             make(shape, dtype, lane.device),

@@ -1,4 +1,4 @@
-"""The Mamba block against a loop written from the paper's formulas; generation; torch.compile; state_dicts; bad input."""
+"""The Mamba block against a loop from the paper's formulas; generation; torch.compile; state_dicts; bad input."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ ROOMS: dict[str, Room] = {
     "group_norm": Room(("group_norm",), ("cpu", "cuda", "triton"), ("GroupNorm",)),
     "batch_norm": Room(("batch_norm",), ("cpu", "cuda", "triton"), ("BatchNorm1d", "BatchNorm2d")),
     "linear_scan": Room(("linear_scan",), ("cpu", "cuda", "triton"), ("QRNN", "S4D")),
-    "selective_scan": Room(("selective_scan",), ("cpu",), ("Mamba",)),
+    "selective_scan": Room(("selective_scan",), ("cpu", "cuda", "triton"), ("Mamba",)),
     "rope": Room(("rope", "rope_table")),
     "attention": Room(("attention",)),
     "activation": Room(("activation", "swiglu", "geglu"), ("cpu", "cuda", "triton"), ("Activation", "GatedMLP")),

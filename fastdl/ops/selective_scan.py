@@ -8,11 +8,13 @@ dtypes of x, delta, B, C and z: float32, bfloat16, float16, promoted to one, and
 delta_bias and the states are float32. Gradients to all of them, twice. The tensor [batch, length, dim, state] never
 exists: the forward pass keeps the states before every 16th step, and the backward pass runs these 16 steps again.
 
-Back ends: cpu (csrc/cpu/selective_scan*.cpp), torch (fastdl/reference/selective_scan.py). What they refuse:
+Back ends: cpu (csrc/cpu/selective_scan*.cpp), cuda (csrc/cuda/selective_scan*.cuh), triton
+(kernels/selective_scan.py), torch (fastdl/reference/selective_scan.py). What they refuse:
 
-    | back end | refuses                | because                              |
-    | cpu      | float64                | its kernels keep states in float32   |
-    | cpu      | torch.func, forward AD | kernels have no rules for transforms |
+    | back end          | refuses                | because                               |
+    | cpu, cuda, triton | float64                | its kernels keep states in float32    |
+    | cpu, cuda, triton | torch.func, forward AD | kernels have no rules for transforms  |
+    | cuda, triton      | more than 128 states   | a channel's states stay in registers  |
 
 Test: ``pytest tests/test_selective_scan.py``; benchmark: ``pytest bench/bench_selective_scan.py``.
 """
@@ -23,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .. import backend as backends
-from .._library import Op, gradient_of, tracing, twin_of
+from .._library import Op, gradient_of, tracing, triton_twin, twin_of
 from ..reference import selective_scan as reference
 from ._checks import check_dense, check_optional
 
@@ -62,6 +64,7 @@ FORWARD = Op(
     "Tensor? delta_bias, Tensor? h0, bool softplus, bool keep) -> (Tensor y, Tensor last, Tensor states)",
     fake=_fake_forward,
     reference=reference.selective_scan_forward,
+    triton=triton_twin("selective_scan", "selective_scan_forward"),
 )
 BACKWARD = Op(
     "selective_scan_backward(Tensor grad, Tensor? grad_last, Tensor x, Tensor delta, Tensor A, Tensor B, Tensor C, "
@@ -69,6 +72,7 @@ BACKWARD = Op(
     "Tensor dz, Tensor dB, Tensor dC, Tensor dA, Tensor dD, Tensor dbias, Tensor dh0)",
     fake=_fake_backward,
     reference=reference.selective_scan_backward,
+    triton=triton_twin("selective_scan", "selective_scan_backward"),
 )
 
 
@@ -99,7 +103,13 @@ def _refuse(*, dtype: torch.dtype, **facts) -> str | None:
     return None
 
 
-backends.register_room("selective_scan", {"cpu": _refuse})
+def _refuse_gpu(*, dtype: torch.dtype, state: int = 1, **facts) -> str | None:
+    if state > 128:
+        return f"A: {state} states; its kernels hold at most 128 of a channel in registers; use another back end"
+    return _refuse(dtype=dtype)
+
+
+backends.register_room("selective_scan", {"cpu": _refuse, "cuda": _refuse_gpu, "triton": _refuse_gpu})
 
 
 def selective_scan(
@@ -129,7 +139,7 @@ def selective_scan(
     delta_softplus  dt = softplus(delta + delta_bias) instead of delta + delta_bias
     h0              [batch, dim, state], the state before the first step, or None for zeros
     return_state    return (y, h): h [batch, dim, state] float32, the state after the last step
-    backend         None or "auto", "cpu", "torch"
+    backend         None or "auto", "cpu", "cuda", "triton", "torch"
 
     x, delta, B, C and z are promoted to one dtype; the others are widened to float32. Any strides.
     Returns y [batch, length, dim]. Length 0 and batch 0 give empty y and pass the state through. Differentiable twice.
@@ -175,7 +185,7 @@ def selective_scan(
     wide = reference.compute_dtype(dtype)
     A, D, delta_bias, h0 = (None if t is None else t.to(wide) for t in (A, D, delta_bias, h0))
     refusals = backends.in_a_transform()
-    chosen = backends.choose("selective_scan", backend, device=x.device, dtype=dtype, refusals=refusals)
+    chosen = backends.choose("selective_scan", backend, device=x.device, dtype=dtype, refusals=refusals, state=state)
     tensors = (x, delta, A, B, C, D, z, delta_bias, h0)
     keep = tracing() is not None or (
         torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
