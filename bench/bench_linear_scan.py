@@ -4,8 +4,8 @@
     FASTDL_ISA=avx2 pytest bench/bench_linear_scan.py    a lower one
 
 Peers: `loop`, a step of torch.addcmul at a time; `chunked`, the best formulation of torch found: chunks of 64 steps
-side by side, a loop over the steps of all of them, a loop over their ends, and one product that brings states in
-(products of a may underflow, but nothing is divided, so it is correct); `associative_scan`, that of
+side by side, a loop over the steps of all of them, a loop over their ends, and one product that brings the states
+in (products of a may underflow, but nothing is divided, so it is correct); `associative_scan`, that of
 torch._higher_order_ops run eagerly, depth O(log T). h = P cumsum(b / P) with P = cumprod(a), by logarithms or not, is no
 peer: P underflows after some hundred steps. With gradients, autograd differentiates them.
 
