@@ -6,8 +6,8 @@
 Peers: `loop`, a step of torch.addcmul at a time; `chunked`, the best formulation of torch found: chunks of 64 steps
 side by side, a loop over the steps of all of them, a loop over their ends, and one product that brings the states
 in (products of a may underflow, but nothing is divided, so it is correct); `associative_scan`, that of
-torch._higher_order_ops run eagerly, depth O(log T). h = P cumsum(b / P) with P = cumprod(a), by logarithms or not, is no
-peer: P underflows after some hundred steps. With gradients, autograd differentiates them.
+torch._higher_order_ops run eagerly, depth O(log T). h = P cumsum(b / P) with P = cumprod(a), by logarithms or not,
+is no peer: P underflows after some hundred steps. With gradients, autograd differentiates them.
 
 The shape of the goal is 4096 steps of 512 channels; the second is a batch whose tensors fit in no cache. The share of
 the limit counts a, b and h once, and for the gradients grad, a, h, da and db too.

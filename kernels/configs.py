@@ -78,6 +78,7 @@ _TABLE: dict[str, dict[int, Config]] = {
     "batch_norm_sums": {32: Config(32, 4)},
     "batch_norm_dx": {1024: Config(1, 4)},
     "linear_scan_run": {8: Config(32, 1), 32: Config(64, 4)},  # rows: steps of a tile
+    "linear_scan_complex": {8: Config(32, 1), 32: Config(32, 4)},  # the same kernel on complex numbers
     "selective_scan_forward": {32: Config(16, 1)},  # rows: states, for which the warps are; more states, more warps
     "selective_scan_backward": {32: Config(16, 1)},
     "linear_scan_carry": {256: Config(1, 1)},

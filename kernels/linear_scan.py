@@ -212,9 +212,10 @@ def _walk(a, b, h, h0, out, da, dh0, reverse, backward):
     batch, length, channels = out.shape
     is_complex = out.is_complex()
     cc = capability(out.device)
-    narrow, wide = blocks("linear_scan_run")
+    kernel = "linear_scan_complex" if is_complex else "linear_scan_run"
+    narrow, wide = blocks(kernel)
     block = narrow if channels <= narrow or cc is None else wide
-    c = config("linear_scan_run", cc, block)
+    c = config(kernel, cc, block)
     rows = 8 if cc is None else c.rows  # the interpreter composes element by element
     chunk, chunks = _plan(batch, length, channels, out.device, block, rows)
     tracks = [None if x is None else _steps(x, reverse, is_complex) for x in (a, b, h, out, da)]
@@ -265,15 +266,13 @@ def compile_cases(cc: int) -> Iterator[Case]:
     types = dict.fromkeys(("h0", "dh0", "products", "ends", "states"), "*fp32")
     types |= dict.fromkeys(("batch", "length", "channels", "chunk", "all_channels", "chunks"), "i32")
     types |= {f"{x}_{kind}": "i32" for x in ("a", "b", "h", "out") for kind in ("batch", "step")}
-    for is_complex, block in itertools.product((False, True), blocks("linear_scan_run")):
+    for is_complex, name in ((False, "linear_scan_run"), (True, "linear_scan_complex")):
         types |= dict.fromkeys(("a", "b", "h", "out", "da"), "*fp32" if is_complex else dtype)
-        number = "complex" if is_complex else "real"
-        for backward in (False, True):
-            for summary in (False, True):
-                constants = {"BACKWARD": backward, "COMPLEX": is_complex, "SUMMARY": summary}
-                constants |= dict.fromkeys(() if backward else ("h", "da", "dh0"))
-                note = f"{number} {'backward' if backward else 'forward'}{' summary' if summary else ''}"
-                yield case("linear_scan_run", run, types, block, config("linear_scan_run", cc, block), constants, note)
+        for block, backward, summary in itertools.product(blocks(name), (False, True), (False, True)):
+            constants = {"BACKWARD": backward, "COMPLEX": is_complex, "SUMMARY": summary}
+            constants |= dict.fromkeys(() if backward else ("h", "da", "dh0"))
+            note = f"{'backward' if backward else 'forward'}{' summary' if summary else ''}"
+            yield case(name, run, types, block, config(name, cc, block), constants, note)
     wide = blocks("linear_scan_carry")[0]
     for is_complex, number in ((False, "real"), (True, "complex")):
         constants = {"COMPLEX": is_complex}
