@@ -245,7 +245,7 @@ def gpu_lines(key: str, record: dict) -> list[str]:
 
 
 LINES = {"llm": llm_lines, "quant_matmul": sides_lines, "decoder_block": sides_lines, "norm": norm_lines}
-LINES |= {"group_norm": norm_lines, "batch_norm": norm_lines, "activation": norm_lines}
+LINES |= dict.fromkeys(("group_norm", "batch_norm", "activation", "linear_scan", "selective_scan"), norm_lines)
 
 
 def write_tables(folder: Path, found: dict[str, list[dict]]) -> list[Path]:

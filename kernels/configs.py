@@ -92,6 +92,11 @@ _TABLE: dict[str, dict[int, Config]] = {
     **_each("{}_sequence_backward", {16: Config(16, 2), 32: Config(16, 4), 64: Config(16, 8), 128: Config(16, 8)}),
     **_each("{}_sequence_float32", {16: Config(1, 1), 32: Config(1, 4), 64: Config(1, 8)}),
     **_each("{}_sequence_backward_float32", {16: Config(1, 1), 32: Config(1, 4), 64: Config(1, 8)}),
+    "linear_scan_run": {8: Config(32, 1), 32: Config(64, 4)},  # rows: steps of a tile
+    "linear_scan_complex": {8: Config(32, 1), 32: Config(32, 4)},  # the same kernel on complex numbers
+    "selective_scan_forward": {32: Config(16, 1)},  # rows: states, for which the warps are; more states, more warps
+    "selective_scan_backward": {32: Config(16, 1)},
+    "linear_scan_carry": {256: Config(1, 1)},
 }
 
 # Where a class of architectures departs from the table.

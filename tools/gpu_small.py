@@ -179,6 +179,52 @@ def recurrent(room: str, device: str) -> int:
     return number
 
 
+def linear_scan(device: str) -> int:
+    """Forward and reverse, real and complex, with and without h0; one chunk and several, one channel and many."""
+    number = 0
+    shapes = ((1, 1, 1), (0, 3, 4), (2, 70, 40), (3, 5, 130), (1, 1100, 33), (1, 2500, 5))
+    dtypes = (torch.float32, torch.bfloat16, torch.complex64)
+    for shape, dtype, reverse in itertools.product(shapes, dtypes, (False, True)):
+
+        def run(backend, shape=shape, dtype=dtype, reverse=reverse):
+            wide = torch.promote_types(dtype, torch.float32)
+            a, b, grad = (torch.randn(shape, device=device, dtype=wide) for _ in range(3))
+            h0 = torch.randn(shape[0], shape[2], device=device, dtype=wide)
+            a = a.tanh() if not dtype.is_complex else a / (a.abs() + 1)
+            leaves = [t.to(dtype).requires_grad_() for t in (a, b)] + ([h0.requires_grad_()] if reverse else [])
+            h = ops.linear_scan(*leaves, reverse=reverse, backend=backend)
+            return tuple(torch.view_as_real(t) if t.is_complex() else t for t in gradients(h, leaves, grad.to(dtype)))
+
+        compare(f"linear_scan {shape} {dtype}", run, 5e-2 if dtype == torch.bfloat16 else 1e-4)
+        number += 1
+    return number
+
+
+def selective_scan(device: str) -> int:
+    """With every option and with none; few and many channels and states, one segment of time and several."""
+    number = 0
+    shapes = ((1, 1, 1, 1), (0, 3, 4, 2), (2, 37, 70, 16), (3, 18, 5, 40), (1, 20, 9, 100), (1, 200, 6, 3))
+    for shape, extras, dtype in itertools.product(shapes, (False, True), (torch.float32, torch.bfloat16)):
+
+        def run(backend, shape=shape, extras=extras, dtype=dtype):
+            batch, length, dim, state = shape
+            x, z, grad = (torch.randn(batch, length, dim, device=device).to(dtype) for _ in range(3))
+            delta = torch.rand(batch, length, dim, device=device).to(dtype)
+            B, C = (torch.randn(batch, length, state, device=device).to(dtype) for _ in range(2))
+            A, D, bias = -torch.rand(dim, state, device=device), *torch.randn(2, dim, device=device).unbind()
+            h0 = torch.randn(batch, dim, state, device=device)
+            leaves = [
+                t.requires_grad_() for t in ((x, delta, A, B, C, D, z, bias, h0) if extras else (x, delta, A, B, C))
+            ]
+            options = {"D": D, "z": z, "delta_bias": bias, "h0": h0, "delta_softplus": True} if extras else {}
+            y, last = ops.selective_scan(x, delta, A, B, C, **options, return_state=True, backend=backend)
+            return y, last, *torch.autograd.grad((y, last), leaves, (grad, torch.ones_like(last)))
+
+        compare(f"selective_scan {shape} {dtype}", run, 5e-2 if dtype == torch.bfloat16 else 1e-4)
+        number += 1
+    return number
+
+
 CASES: dict[str, Callable[[str], int]] = {  # room -> function(device), returns how many cases it ran
     "norm": norm,
     "group_norm": group_norm,
@@ -187,6 +233,8 @@ CASES: dict[str, Callable[[str], int]] = {  # room -> function(device), returns 
     "lstm": functools.partial(recurrent, "lstm"),
     "gru": functools.partial(recurrent, "gru"),
     "rnn": functools.partial(recurrent, "rnn"),
+    "linear_scan": linear_scan,
+    "selective_scan": selective_scan,
 }
 
 

@@ -46,6 +46,17 @@ FASTDL_INLINE vf vload_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu
 FASTDL_INLINE void vstore_f16(uint16_t* p, vf x) {
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+// 2 LANES floats as pairs: the first and the second of each. The pairs stand in an order of the level's own, which
+// vstore_pairs undoes.
+FASTDL_INLINE void vload_pairs(const float* p, vf* first, vf* second) {
+  const vf low = vload(p), high = vload(p + LANES);
+  *first = _mm256_shuffle_ps(low, high, 0x88);
+  *second = _mm256_shuffle_ps(low, high, 0xdd);
+}
+FASTDL_INLINE void vstore_pairs(float* p, vf first, vf second) {
+  vstore(p, _mm256_unpacklo_ps(first, second));
+  vstore(p + LANES, _mm256_unpackhi_ps(first, second));
+}
 FASTDL_INLINE vf vpair_bf16_lo(vb a) { return _mm256_castsi256_ps(_mm256_slli_epi32(a, 16)); }
 FASTDL_INLINE vf vpair_bf16_hi(vb a) {
   return _mm256_castsi256_ps(_mm256_and_si256(a, _mm256_set1_epi32((int)0xffff0000)));

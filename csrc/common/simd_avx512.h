@@ -38,6 +38,17 @@ FASTDL_INLINE vf vload_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_lo
 FASTDL_INLINE void vstore_f16(uint16_t* p, vf x) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+// 2 LANES floats as pairs: the first and the second of each. The pairs stand in an order of the level's own, which
+// vstore_pairs undoes.
+FASTDL_INLINE void vload_pairs(const float* p, vf* first, vf* second) {
+  const vf low = vload(p), high = vload(p + LANES);
+  *first = _mm512_shuffle_ps(low, high, 0x88);
+  *second = _mm512_shuffle_ps(low, high, 0xdd);
+}
+FASTDL_INLINE void vstore_pairs(float* p, vf first, vf second) {
+  vstore(p, _mm512_unpacklo_ps(first, second));
+  vstore(p + LANES, _mm512_unpackhi_ps(first, second));
+}
 // Lane r of a pair vector holds two 16-bit values; these take the lower or upper one to float32.
 FASTDL_INLINE vf vpair_bf16_lo(vb a) { return _mm512_castsi512_ps(_mm512_slli_epi32(a, 16)); }
 FASTDL_INLINE vf vpair_bf16_hi(vb a) {

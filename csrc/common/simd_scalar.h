@@ -63,6 +63,19 @@ FASTDL_INLINE vf vload_f16(const uint16_t* p) {
 FASTDL_INLINE void vstore_f16(uint16_t* p, vf x) {
   for (int i = 0; i < LANES; ++i) p[i] = float_to_half(x[i]);
 }
+// 2 LANES floats as pairs: the first and the second of each, in an order of the level's own.
+FASTDL_INLINE void vload_pairs(const float* p, vf* first, vf* second) {
+  for (int i = 0; i < LANES; ++i) {
+    (*first)[i] = p[2 * i];
+    (*second)[i] = p[2 * i + 1];
+  }
+}
+FASTDL_INLINE void vstore_pairs(float* p, vf first, vf second) {
+  for (int i = 0; i < LANES; ++i) {
+    p[2 * i] = first[i];
+    p[2 * i + 1] = second[i];
+  }
+}
 FASTDL_INLINE vf vpair_bf16_lo(vb a) { return (vf)((vu)a << 16); }
 FASTDL_INLINE vf vpair_bf16_hi(vb a) { return (vf)((vu)a & 0xffff0000u); }
 FASTDL_INLINE vf halves_to_float(vu a) {

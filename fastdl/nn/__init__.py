@@ -4,15 +4,19 @@ from .activation import Activation, GatedMLP
 from .batch_norm import BatchNorm1d, BatchNorm2d
 from .group_norm import GroupNorm
 from .gru import GRU, GRUCell
+from .linear_scan import QRNN, S4D
 from .lstm import LSTM, LSTMCell
 from .norm import LayerNorm, RMSNorm
 from .quant_matmul import QuantEmbedding, QuantLinear
 from .rnn import RNN, RNNCell
+from .selective_scan import Mamba
 
 __all__ = [
     "GRU",
     "LSTM",
+    "QRNN",
     "RNN",
+    "S4D",
     "Activation",
     "BatchNorm1d",
     "BatchNorm2d",
@@ -21,6 +25,7 @@ __all__ = [
     "GroupNorm",
     "LSTMCell",
     "LayerNorm",
+    "Mamba",
     "QuantEmbedding",
     "QuantLinear",
     "RMSNorm",

@@ -15,11 +15,13 @@ from .batch_norm import batch_norm
 from .decoder_block import DecoderLayer, DecoderStack, decoder_blocks
 from .group_norm import group_norm
 from .gru import gru
+from .linear_scan import linear_scan
 from .lstm import lstm
 from .norm import layer_norm, rms_norm
 from .quant_matmul import auto_activation, quant_embedding, quant_matmul, quantize
 from .rnn import rnn
 from .rope import rope, rope_table
+from .selective_scan import selective_scan
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ ROOMS: dict[str, Room] = {
     "lstm": Room(("lstm",), ("cpu", "cuda", "triton"), ("LSTM", "LSTMCell")),
     "gru": Room(("gru",), ("cpu", "cuda", "triton"), ("GRU", "GRUCell")),
     "rnn": Room(("rnn",), ("cpu", "cuda", "triton"), ("RNN", "RNNCell")),
+    "linear_scan": Room(("linear_scan",), ("cpu", "cuda", "triton"), ("QRNN", "S4D")),
+    "selective_scan": Room(("selective_scan",), ("cpu", "cuda", "triton"), ("Mamba",)),
     "rope": Room(("rope", "rope_table")),
     "attention": Room(("attention",)),
     "activation": Room(("activation", "swiglu", "geglu"), ("cpu", "cuda", "triton"), ("Activation", "GatedMLP")),
@@ -62,6 +66,7 @@ __all__ = [
     "group_norm",
     "gru",
     "layer_norm",
+    "linear_scan",
     "lstm",
     "quant_embedding",
     "quant_matmul",
@@ -70,5 +75,6 @@ __all__ = [
     "rnn",
     "rope",
     "rope_table",
+    "selective_scan",
     "swiglu",
 ]
