@@ -1,4 +1,5 @@
-"""What the Triton kernels of several rooms use: dropout, rows of a tensor, facts of the device, cases to compile."""
+"""What the Triton kernels of several rooms use: sigmoid and tanh, dropout, rows of a tensor, facts of the device, cases
+to compile."""
 
 from __future__ import annotations
 
@@ -28,6 +29,20 @@ def dropout(x, seed, index, p, scale):
     bits = word.to(tl.int32, bitcast=True)
     u = tl.where(bits < 0, ~bits, bits).to(tl.float32) * 4.6566127342e-10
     return tl.where(u >= p, x * scale, 0.0)
+
+
+@triton.jit
+def sigmoid(t):
+    return 1.0 / (1.0 + tl.exp(-t))
+
+
+@triton.jit
+def tanh(t):
+    """Around 0 an odd polynomial, beyond by exp: the coefficients of csrc/common/simd_math.h."""
+    a, s = tl.abs(t), t * t
+    p = -0.333333275 + s * (0.13332619 + s * (-0.0538279153 + s * (0.0208891463 + s * -0.00594224347)))
+    far = 1.0 - 2.0 / (tl.exp(2.0 * a) + 1.0)
+    return tl.where(a <= 0.65, t + t * s * p, tl.where(t < 0, -far, far))
 
 
 def dropout_scale(p: float) -> float:

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import Case, as_rows, capability, case, dropout, dropout_scale, on, processors
+from ._common import Case, as_rows, capability, case, dropout, dropout_scale, on, processors, sigmoid, tanh
 from .configs import block_for, blocks, config
 
 __all__ = ["activation_backward", "activation_forward", "compile_cases", "glu_backward", "glu_forward"]
@@ -30,24 +30,10 @@ RELU, LEAKY_RELU, GELU, GELU_TANH, SWISH, TANH, SIGMOID = (tl.constexpr(number) 
 
 
 @triton.jit
-def _sigmoid(t):
-    return 1.0 / (1.0 + tl.exp(-t))
-
-
-@triton.jit
 def _sigmoid_slope(t):
     """g (1 - g), without the cancellation of 1 - g."""
     e = tl.exp(-tl.abs(t))
     return e / ((1.0 + e) * (1.0 + e))
-
-
-@triton.jit
-def _tanh(t):
-    """Around 0 an odd polynomial, beyond by exp: the coefficients of csrc/common/simd_math.h."""
-    a, s = tl.abs(t), t * t
-    p = -0.333333275 + s * (0.13332619 + s * (-0.0538279153 + s * (0.0208891463 + s * -0.00594224347)))
-    far = 1.0 - 2.0 / (tl.exp(2.0 * a) + 1.0)
-    return tl.where(a <= 0.65, t + t * s * p, tl.where(t < 0, -far, far))
 
 
 @triton.jit
@@ -65,13 +51,13 @@ def _value(t, alpha, KIND: tl.constexpr):
     elif KIND == GELU:
         return t * _normal(t)
     elif KIND == GELU_TANH:  # (1 + tanh(u)) / 2 = sigmoid(2 u)
-        return t * _sigmoid(t * (1.5957691216 + 0.0713548163 * t * t))
+        return t * sigmoid(t * (1.5957691216 + 0.0713548163 * t * t))
     elif KIND == SWISH:
-        return t * _sigmoid(t * alpha)
+        return t * sigmoid(t * alpha)
     elif KIND == TANH:
-        return _tanh(t)
+        return tanh(t)
     elif KIND == SIGMOID:
-        return _sigmoid(t)
+        return sigmoid(t)
     else:
         return t
 
@@ -87,9 +73,9 @@ def _slope(t, alpha, KIND: tl.constexpr):
         return _normal(t) + t * 0.3989422804 * tl.exp(-0.5 * t * t)
     elif KIND == GELU_TANH:
         v = t * (1.5957691216 + 0.0713548163 * t * t)
-        return _sigmoid(v) + t * _sigmoid_slope(v) * (1.5957691216 + 0.2140644488 * t * t)
+        return sigmoid(v) + t * _sigmoid_slope(v) * (1.5957691216 + 0.2140644488 * t * t)
     elif KIND == SWISH:
-        return _sigmoid(t * alpha) + alpha * t * _sigmoid_slope(t * alpha)
+        return sigmoid(t * alpha) + alpha * t * _sigmoid_slope(t * alpha)
     elif KIND == TANH:
         return 4.0 * _sigmoid_slope(2.0 * t)  # 1 - tanh(t)^2, which cancels
     elif KIND == SIGMOID:

@@ -33,6 +33,11 @@ class Config(NamedTuple):
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
+def _each(name: str, table: dict[int, Config]) -> dict[str, dict[int, Config]]:
+    """The same table for the recurrent rooms."""
+    return {name.format(room): dict(table) for room in ("lstm", "gru", "rnn")}
+
+
 _TABLE: dict[str, dict[int, Config]] = {
     # kernel: block -> configuration. The largest block is the widest row that is held in registers.
     "norm_forward": {
@@ -77,6 +82,16 @@ _TABLE: dict[str, dict[int, Config]] = {
     "batch_norm_products_columns": {32: Config(32, 4), 128: Config(16, 4)},
     "batch_norm_sums": {32: Config(32, 4)},
     "batch_norm_dx": {1024: Config(1, 4)},
+    # A step of a recurrent layer has few rows: one warp where programs share a row, more of them on whole rows.
+    **_each("{}_step", {64: Config(4, 1), 256: Config(1, 1), 1024: Config(1, 4)}),
+    **_each("{}_step_backward", {64: Config(4, 1), 256: Config(1, 1), 1024: Config(1, 4)}),
+    "lstm_project": {64: Config(4, 1), 256: Config(1, 1)},
+    "lstm_arrive_backward": {64: Config(4, 1), 256: Config(1, 1)},
+    # Whole sequences: the tile holds all hidden units. float32: the weights of all gates are in registers.
+    **_each("{}_sequence", {16: Config(16, 2), 32: Config(16, 4), 64: Config(16, 8), 128: Config(16, 8)}),
+    **_each("{}_sequence_backward", {16: Config(16, 2), 32: Config(16, 4), 64: Config(16, 8), 128: Config(16, 8)}),
+    **_each("{}_sequence_float32", {16: Config(1, 1), 32: Config(1, 4), 64: Config(1, 8)}),
+    **_each("{}_sequence_backward_float32", {16: Config(1, 1), 32: Config(1, 4), 64: Config(1, 8)}),
 }
 
 # Where a class of architectures departs from the table.

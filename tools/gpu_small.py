@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import itertools
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -141,11 +144,49 @@ def activation(device: str) -> int:
     return number
 
 
+def recurrent(room: str, device: str) -> int:
+    """The step loop with and without layer norm, and the kernel that stays for the whole sequence; both directions."""
+    number, gates = 0, {"lstm": 4, "gru": 3, "rnn": 1}[room]
+    shapes = ((3, 1, 5, 7), (2, 9, 6, 40), (2, 0, 3, 4))  # steps, batch, inputs, hidden units
+    ways = (("loop", False), ("loop", True), ("persistent", False))
+    for shape, (way, norms), dtype in itertools.product(shapes, ways, (torch.float32, torch.bfloat16)):
+
+        def run(backend, shape=shape, norms=norms, dtype=dtype):
+            steps, batch, inputs, hidden = shape
+
+            def numbers(*shape):
+                return torch.randn(shape, device=device)
+
+            x = numbers(steps, batch, inputs).to(dtype)
+            w_ih, w_hh = ((numbers(2, gates * hidden, n) / n**0.5).to(dtype) for n in (inputs, hidden))
+            leaves, options = [x, w_ih, w_hh], {"lengths": torch.arange(batch, device=device) % (steps + 1)}
+            if room == "lstm":
+                options |= {"peephole": numbers(2, 3, hidden), "zoneout_h": 0.2, "zoneout_c": 0.1}
+                leaves.append(options["peephole"])
+            else:
+                options["zoneout"] = 0.2
+            if norms:
+                sizes = (gates * hidden, gates * hidden, hidden, hidden)[: 4 if room == "lstm" else 2]
+                options["layer_norm"] = [numbers(2, size) for size in sizes]
+                leaves += options["layer_norm"]
+            leaves = [t.requires_grad_() for t in leaves]
+            y, _ = getattr(ops, room)(x, w_ih, w_hh, **options, training=True, backend=backend)
+            return gradients(y, leaves, torch.ones_like(y))
+
+        with mock.patch.dict(os.environ, FASTDL_RECURRENT=way):
+            compare(f"{room} {shape} {way} {dtype}", run, 1e-3 if dtype == torch.float32 else 1e-1)
+        number += 1
+    return number
+
+
 CASES: dict[str, Callable[[str], int]] = {  # room -> function(device), returns how many cases it ran
     "norm": norm,
     "group_norm": group_norm,
     "batch_norm": batch_norm,
     "activation": activation,
+    "lstm": functools.partial(recurrent, "lstm"),
+    "gru": functools.partial(recurrent, "gru"),
+    "rnn": functools.partial(recurrent, "rnn"),
 }
 
 

@@ -97,7 +97,7 @@ def main() -> int:
                     if (end or not args.ends) and (not args.kernel or {case.name, names[index]} & set(args.kernel)):
                         yield room, index, cc
 
-    known = {case.name.split("[")[0] for room in rooms() for case in cases(room, ARCHITECTURES[0])}
+    known = {case.name.split("[")[0] for room in rooms() for cc in ARCHITECTURES for case in cases(room, cc)}
     if known != set(kernels()):
         parser.error(f"not both in kernels/configs.py and in a room's compile_cases: {sorted(known ^ set(kernels()))}")
     start, work, failures = time.perf_counter(), list(chosen()), 0

@@ -30,10 +30,8 @@ FASTDL_INLINE vf vsigmoid(vf x, vf* slope) {
   return vselect_le(x, zero, es, s);
 }
 
-FASTDL_INLINE vf vsigmoid(vf x) {
-  vf slope;
-  return vsigmoid(x, &slope);
-}
+// sigmoid(x) alone. The exponential is clamped to 1.7e38, so that far below 0 it is 6e-39 and not 0.
+FASTDL_INLINE vf vsigmoid(vf x) { return vdiv(vset1(1.0f), vadd(vset1(1.0f), vexp(vsub(vset1(0.0f), x)))); }
 
 // Around 0 an odd polynomial (error below 3e-8 of x), beyond 0.65 by exp: 1 - 2 / (exp(2 |x|) + 1).
 FASTDL_INLINE vf vtanh(vf x) {

@@ -10,6 +10,18 @@
 #include <cstdint>
 #include <utility>
 
+namespace fastdl::cuda {
+
+// What a launcher asks about a device before it plans a cooperative launch.
+struct DeviceLimits {
+  int processors;        // that run blocks at the same time
+  int64_t shared_bytes;  // of a block at most
+  int major;             // of its compute capability
+  bool cooperative;      // has cooperative launches
+};
+
+}  // namespace fastdl::cuda
+
 #if defined(FASTDL_EMULATED)
 
 #include "emulator/cuda.h"
@@ -31,6 +43,9 @@ cudaError_t launch_cooperative(void (*kernel)(P...), dim3 grid, dim3 block, size
 
 // Small, so that tests reach the second turn of a loop over rows.
 inline int multiprocessor_count() { return 2; }
+
+// Some blocks that share work, and few threads.
+inline DeviceLimits device_limits() { return {6, 227 * 1024, 9, true}; }
 
 }  // namespace fastdl::cuda
 
@@ -92,6 +107,16 @@ inline int multiprocessor_count() {
   int& count = counts[device & 63];
   if (!count) cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
   return count;
+}
+
+// Of the current device. Attributes are kept by the driver: asking is cheap.
+inline DeviceLimits device_limits() {
+  int device = 0, shared = 0, major = 0, cooperative = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device);
+  return {multiprocessor_count(), shared, major, cooperative != 0};
 }
 
 }  // namespace fastdl::cuda

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from .. import backend as backends
 from .._library import twin_of
-from ..ops._recurrent import _input_products, pack
+from ..ops._recurrent import _input_products, pack, packed_products
 from ..reference.norm import compute_dtype
 
 _kept: weakref.WeakKeyDictionary[nn.Module, Prepared] = weakref.WeakKeyDictionary()
@@ -55,13 +55,18 @@ class _Layer:
     w_hh: Tensor
     rest: tuple[Tensor | None, ...]
     packed: Tensor | None
+    packed_ih: Tensor | None
 
     def products(self, x: Tensor, eps: float, backend: str) -> Tensor:
         """x [T, B, I] -> gates_x [T, B, D, G * H]"""
         directions, rows, _ = self.w_hh.shape
         if self.ln_ih is not None:
             return _input_products(x, self.w_ih, self.bias, self.ln_ih, eps, backend)
-        return functional.linear(x, self.w_ih, self.bias).view(x.shape[0], x.shape[1], directions, rows)
+        if self.packed_ih is not None:
+            gates_x = packed_products(x, self.packed_ih, self.bias, directions * rows)
+        else:
+            gates_x = functional.linear(x, self.w_ih, self.bias)
+        return gates_x.view(x.shape[0], x.shape[1], directions, rows)
 
 
 class Prepared:
@@ -89,7 +94,9 @@ class Prepared:
             w_ih = w_ih.reshape(-1, w_ih.shape[-1])
             bias = None if bias is None else bias.to(self.dtype).reshape(-1)
         rest = tuple(t if t is None else t.to(self.dtype if name == "weight_hr" else self.wide) for name, t in rest)
-        return _Layer(w_ih, bias, ln_ih, w_hh, rest, pack(w_hh, module._gates) if self.native else None)
+        packed = pack(w_hh, module._gates) if self.native else None
+        packed_ih = pack(w_ih[None], 1) if self.native and ln_ih is None and w_ih.shape[1] else None
+        return _Layer(w_ih, bias, ln_ih, w_hh, rest, packed, packed_ih)
 
     def fits(self, module, dtype: torch.dtype) -> bool:
         if dtype is not self.given or self.environment != backends.setting() or self.options != _options(module):

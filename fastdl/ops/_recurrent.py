@@ -38,6 +38,20 @@ def pack(weight: Tensor, gates: int) -> Tensor:
     return torch.ops.fastdl.recurrent_pack(weight, gates)
 
 
+define("recurrent_input(Tensor x, Tensor packed, Tensor? bias, int outputs) -> Tensor")
+
+
+@torch.library.register_fake("fastdl::recurrent_input")
+def _fake_input(x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], outputs)
+
+
+def packed_products(x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+    """x [..., I] times a matrix [outputs, I] that ``pack(matrix[None], 1)`` packed, plus bias [outputs]: for inference on
+    the CPU. Without gradient."""
+    return torch.ops.fastdl.recurrent_input(x, packed, bias, outputs)
+
+
 def refuse(*, dtype: torch.dtype, **facts) -> str | None:
     """What every back end with kernels refuses."""
     if dtype == torch.float64:
