@@ -139,10 +139,8 @@ def main(arguments: list[str] | None = None) -> int:
         ours, theirs = (torch.tensor(curves[f"{library} {kind}"]) for library in ("fastdl", "torch"))
         apart = ((ours - theirs).abs() / theirs).max().item()
         agree = agree and apart <= options.tolerance
-        verdict = "agree" if apart <= options.tolerance else "DIFFER"
-        print(
-            f"{kind}: loss {ours[0]:.3f} -> {ours[-1]:.3f} (torch's {theirs[-1]:.3f}), {apart:.2%} apart: curves {verdict}"
-        )
+        verdict = "curves agree" if apart <= options.tolerance else "curves DIFFER"
+        print(f"{kind}: loss {ours[0]:.3f} -> {ours[-1]:.3f}, torch's {theirs[-1]:.3f}, {apart:.2%} apart: {verdict}")
         if options.sample:
             torch.manual_seed(options.seed)
             print("-" * 80, write(models[0], characters, options.sample, options.temperature), "-" * 80, sep="\n")

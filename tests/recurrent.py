@@ -1,13 +1,16 @@
 """What the tests of rooms lstm, gru and rnn share: random calls (`Family.make`), torch's own op beside ours, and
 `Contract`, the tests that all three pass in every lane. tests/test_lstm.py and its kin derive from it.
 
-Where torch has an option its own op is the peer of fastdl.testing.check; where it has none (layer norm, peepholes,
-zoneout, masks, lengths) the peer is the reference in the same dtype, and the exact answer the reference in float64.
+Where torch has an option its own op is the peer of fastdl.testing.check. Where it has none (layer norm, peepholes,
+zoneout, masks, lengths) the peer is what plain torch gives in the same dtype: the reference, differentiated by its own
+formulas and by autograd. The exact answer is the reference in float64.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,12 +18,13 @@ import lanes
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastdl import BackendError, explain
 from fastdl._library import Op, twin_of
 from fastdl.ops._recurrent import pack
 from fastdl.reference import philox
-from fastdl.testing import check, poisoned
+from fastdl.testing import check, largest_error, poisoned
 
 SLOW = ("emulated cuda", "triton interpreted")  # lanes in which one multiplication takes microseconds
 # time, batch, input, hidden: one, odd, a multiple of nothing; more than a tile of 16 or a vector
@@ -135,19 +139,65 @@ class Family:
 
         return call
 
-    def compare(self, lane, sizes, options, dtype, *, training=True, **more) -> None:
+    def compare(self, lane, sizes, options, dtype, *, training=True, state=None, made=None, **more) -> None:
         """The rule of fastdl.testing for one call: outputs and every gradient."""
-        made = more.pop("made", None) or self.make(sizes, options, dtype, lane.device, state=more.pop("state", None))
-        torchs = TORCHS.issuperset(options) and sizes[0] > 0 and "h0" not in made
-        torchs = torchs or (TORCHS.issuperset(options) and sizes[0] > 0 and made["h0"].dtype == dtype)
+        normed = "layer_norm" in options and dtype == torch.float32 and made is None
+        if normed:
+            made = self.well_conditioned(sizes, options, training, state, lane.device)
+        elif made is None:
+            made = self.make(sizes, options, dtype, lane.device, state=state)
+        torchs = TORCHS.issuperset(options) and sizes[0] > 0 and ("h0" not in made or made["h0"].dtype == dtype)
         reference = self.ours(made, options, "torch", training)
-        check(
-            self.ours(made, options, lane.backend, training),
-            list(made.values()),
-            peer=self.theirs(made, options) if torchs else reference,
-            exact=reference,
-            **more,
-        )
+        peers = [self.theirs(made, options)] if torchs else [reference, self.by_autograd(reference)]
+        if normed:
+            peers += [self.reordered(made, reference, seed) for seed in range(2)]
+        ours = self.ours(made, options, lane.backend, training)
+        check(ours, list(made.values()), peer=peers, exact=reference, **more)
+
+    @functools.cache  # noqa: B019
+    @torch.enable_grad()
+    def well_conditioned(self, sizes, options, training, state, device) -> dict[str, Tensor]:
+        """Layer norm of a few small numbers makes large errors of small ones, as chance has it and in any
+        implementation: of some calls, the one whose exact answer plain torch comes closest to."""
+        found = []
+        torch.manual_seed(zlib.crc32(repr((self.name, sizes, options, training)).encode()))  # the same in every lane
+        for _ in range(8):
+            made = self.make(sizes, options, torch.float32, "cpu", state=state)
+            function = self.ours(made, options, "torch", training)
+            exact = [
+                t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t
+                for t in made.values()
+            ]
+            results = []
+            for tensors in (exact, list(made.values())):
+                outputs, leaves = function(*tensors), [t for t in tensors if t.requires_grad]
+                grads = torch.autograd.grad(outputs, leaves, [torch.ones_like(y) for y in outputs])
+                results.append([*outputs, *grads])
+            pairs = [(a, b) for a, b in zip(*results, strict=True) if a.numel() and a.any()]
+            error = max((largest_error(b, a) / float(a.detach().abs().max()) for a, b in pairs), default=0.0)
+            found.append((error, len(found), made))
+        best = min(found)[2]
+        return {name: t.detach().to(device).requires_grad_(t.requires_grad) for name, t in best.items()}
+
+    def reordered(self, made, function, seed) -> Callable[..., tuple[Tensor, ...]]:
+        """The same with the columns of x and w_ih in another order, which rounds otherwise."""
+        order = torch.randperm(made["x"].shape[2], generator=torch.Generator().manual_seed(seed))
+
+        def call(*tensors):
+            given = dict(zip(made, tensors, strict=True))
+            columns = order.to(given["x"].device)
+            return function(*(t[..., columns] if name in ("x", "w_ih") else t for name, t in given.items()))
+
+        return call
+
+    def by_autograd(self, reference) -> Callable[..., tuple[Tensor, ...]]:
+        """The reference as a chain of torch's operations, as which it runs in transforms."""
+
+        def call(*tensors):
+            with forward_ad.dual_level():
+                return reference(*tensors)
+
+        return call
 
     def arguments(self, made, options, dtype=torch.float32) -> list:
         """The tensors of ``made`` as the forward op takes them, seed and numbers at the end."""
@@ -165,7 +215,8 @@ class Family:
         }[self.name]
         if self.name == "lstm":
             zoneouts.append(0.2 if "zoneout_c" in options else 0.0)
-        given = {key: t.detach() for key, t in made.items()}
+        narrow = ("w_hr", "lengths")
+        given = {key: t.detach() if key in narrow else t.detach().float() for key, t in made.items()}
         if "b_hh" in given:
             given["bias_n"] = given["b_hh"][:, 2 * hidden :]
         zoned = any(option.startswith("zoneout") for option in options)
@@ -205,17 +256,19 @@ class Contract:
     def test_options(self, lane, options):
         """Each option alone, all pairs, all together: in float32 and one more dtype; float32 states too."""
         every = all_options(self.family)
-        sizes, index = ((3, 3, 3, 5) if lane.name in SLOW else (5, 3, 7, 18)), every.index(options)
+        sizes, index = ((3, 3, 3, 5) if lane.name in SLOW else (4, 3, 7, 18)), every.index(options)
         alone = len(options) in (0, 1, len(self.family.options))
         dtypes = lane.dtypes if alone and lane.name not in SLOW else [lane.dtypes[0]] if index % 2 else [some(lane, 1)]
         for dtype in dtypes:
-            state = torch.float32 if index % 3 == 0 else None
+            state = torch.float32 if index % 3 == 0 and dtype != torch.float32 else None
             self.family.compare(lane, sizes, options, dtype, state=state, training=index % 4 != 3)
 
     @pytest.mark.parametrize("sizes", SHAPES, ids=str)
     def test_shapes(self, lane, sizes):
         index = SHAPES.index(sizes)
-        both = [("bias", "state", "two"), self.family.options]
+        # Layer norm of one element is 0, and its gradient what rounding leaves of 0, times 300.
+        rich = tuple(option for option in self.family.options if option != "layer_norm" or sizes[3] > 1)
+        both = [("bias", "state", "two"), rich]
         for options in both[index % 2 :][:1] if lane.name in SLOW else both:
             self.family.compare(lane, sizes, options, some(lane, index))
 
@@ -373,19 +426,16 @@ class Contract:
 
     def test_saturation(self, lane):
         """Gates far from zero: no NaN, and gradients that are zero or small."""
-        options = tuple(
-            option for option in ("bias", "state", "peephole", "layer_norm") if option in self.family.options
-        )
-        made = self.family.make((3, 2, 3, 5), options, torch.float32, lane.device)
-        made["x"] = (made["x"].detach() * 1e3).requires_grad_()
-        for given in (options, ("bias", "state")):
-            kept = {
-                name: t
-                for name, t in made.items()
-                if "layer_norm" in given or not name.startswith("ln_")
-                if "peephole" in given or name != "peephole"
-            }
-            self.family.compare(lane, (3, 2, 3, 5), given, torch.float32, made=kept)
+        for options in (("bias", "state"), tuple(o for o in self.family.options if o in ("bias", "peephole", "state"))):
+            made = self.family.make((3, 2, 3, 5), options, torch.float32, lane.device)
+            made["x"] = (made["x"].detach() * 1e3).requires_grad_()
+            results = []
+            for backend in (lane.backend, "torch"):
+                outputs = self.family.ours(made, options, backend)(*made.values())
+                grads = torch.autograd.grad(outputs, list(made.values()), [torch.ones_like(y) for y in outputs])
+                results.append((*outputs, *grads))
+            for a, b in zip(*results, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * float(1 + b.abs().max()))
 
     def test_nan_stays_in_its_sequence(self, lane):
         made = self.family.make((3, 3, 4, 5), ("bias",), torch.float32, lane.device, grad=False)
@@ -397,20 +447,22 @@ class Contract:
     # ---- torch's machinery -------------------------------------------------------------------------------------
 
     def test_threads_do_not_change_results(self, level):
-        options = (*self.family.options[:2], "two", "lengths", "layer_norm")
+        """Products over all steps are torch's, and may change with threads; what the ops give does not."""
+        options = tuple(option for option in self.family.options if not option.startswith("zoneout"))
         for dtype, sizes in ((torch.float32, (5, 1, 7, 130)), (torch.bfloat16, (4, 37, 9, 66))):
-            made = self.family.make(sizes, options, dtype)
+            made = self.family.make(sizes, options, dtype, grad=False)
+            arguments = self.family.arguments(made, options, dtype)
+            packed = pack(made["w_hh"], self.family.gates)
+            grads = self.backward_arguments(arguments, self.family.forward["native"](*arguments))
             before, results = torch.get_num_threads(), []
             for threads in (1, 2, 5):
                 torch.set_num_threads(threads)
-                outputs = self.family.ours(made, options, "cpu")(*made.values())
-                leaves = [t for t in made.values() if t.requires_grad]
-                # products over all steps are torch's, and change with threads: what the ops give does not
-                grads = torch.autograd.grad(outputs, leaves, [torch.ones_like(t) for t in outputs])
-                with torch.no_grad():
-                    plain = self.family.ours(made, options, "cpu")(*made.values())
-                small = [g for g, (name, _) in zip(grads, made.items(), strict=False) if name in ("h0", "c0")]
-                results.append((*outputs, *plain, *small))
+                results.append((
+                    *self.family.forward["native"](*arguments),
+                    *self.family.inference["native"](*arguments, None),
+                    *self.family.inference["native"](*arguments, packed),
+                    *self.family.backward["native"](*grads),
+                ))  # fmt: skip
             torch.set_num_threads(before)
             for other in results[1:]:
                 assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

@@ -27,7 +27,7 @@ class TestContract(recurrent.Contract):
     def backward_arguments(self, arguments, outputs):
         _, h0, w_hh, _, ln, mask, lengths, seed, zoneout, eps = arguments
         y, h_n, gates = outputs
-        u = None if ln is None else torch.randn(*y.shape[:3], 3 * y.shape[3], device=y.device)
+        u = None if ln is None else torch.randn(*y.shape[:3], 3 * y.shape[3], device=y.device).to(y.dtype)
         return (
             torch.randn_like(y),
             torch.randn_like(h_n),

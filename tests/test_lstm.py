@@ -28,7 +28,7 @@ class TestContract(recurrent.Contract):
     def backward_arguments(self, arguments, outputs):
         _, _, c0, w_hh, ln, peephole, ln_c, ln_b, w_hr, mask, lengths, seed, *numbers = arguments
         y, h_n, c_n, gates, cells = outputs
-        u = None if ln is None else torch.randn(gates.shape, device=y.device)
+        u = None if ln is None else torch.randn(gates.shape, device=y.device).to(y.dtype)
         return (
             torch.randn_like(y), torch.randn_like(h_n), torch.randn_like(c_n), None, None, gates, cells, c0, w_hh, u,
             ln, peephole, ln_c, ln_b, w_hr, mask, lengths, seed, *numbers,

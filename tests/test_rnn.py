@@ -29,7 +29,7 @@ class TestContract(recurrent.Contract):
     def backward_arguments(self, arguments, outputs):
         _, h0, w_hh, ln, mask, lengths, seed, zoneout, eps, relu = arguments
         y, h_n, gates = outputs
-        u = None if ln is None else torch.randn(gates.shape, device=y.device)
+        u = None if ln is None else torch.randn(gates.shape, device=y.device).to(y.dtype)
         return (
             torch.randn_like(y), torch.randn_like(h_n), None, gates, h0, w_hh, u, ln, mask, lengths, seed, zoneout, eps,
             relu,

@@ -235,6 +235,10 @@ class Sequence(Options):
     """forward of LSTM, GRU and RNN."""
 
     def forward(self, input, hx=None, *, lengths: Tensor | None = None):
+        if not self.training and type(input) is Tensor and _library.plain_call():
+            result = inference.short_way(self, input, hx, lengths)
+            if result is not None:
+                return result
         if isinstance(input, PackedSequence):
             return self._packed(input, hx, lengths)
         if not isinstance(input, Tensor):

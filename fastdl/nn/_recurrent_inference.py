@@ -10,6 +10,7 @@ eval() forget what was prepared.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,30 +19,57 @@ from torch.nn import functional
 
 from .. import backend as backends
 from .._library import twin_of
-from ..ops._recurrent import _input_products, pack, packed_products
+from ..ops._recurrent import _input_products, check_lengths, pack, packed_products
 from ..reference.norm import compute_dtype
 
-_kept: weakref.WeakKeyDictionary[nn.Module, Prepared] = weakref.WeakKeyDictionary()
+_kept: dict[int, Prepared] = {}  # id of a module -> what is prepared for it, as long as the module lives
 _SAMPLES = 5  # elements of each dimension that are compared
+_autocast = torch._C._is_any_autocast_enabled
 
 
 def forget(module: nn.Module) -> None:
-    _kept.pop(module, None)
+    _kept.pop(id(module), None)
 
 
 def prepared(module, x: Tensor) -> Prepared | None:
     """What is ready for this module and a call with x, made where it is not; None where inference takes the general
     way: other devices, other kinds of tensors, autocast, weights that are computed at each call."""
-    if type(x) is not Tensor or x.device.type != "cpu" or torch._C._is_any_autocast_enabled():
+    if type(x) is not Tensor or x.device.type != "cpu" or _autocast():
         return None
-    found = _kept.get(module)
+    found = _kept.get(id(module))
     if found is not None and found.fits(module, x.dtype):
         return found
     forget(module)
     found = _prepare(module, x)
     if found is not None:
-        _kept[module] = found
+        _kept[id(module)] = found
     return found
+
+
+def short_way(module, x: Tensor, hx, lengths: Tensor | None):
+    """The whole forward of a layer whose weights are prepared, for x [T, B, I] (batch first: [B, T, I]) and states of
+    the right shape; None for everything else, which takes the general way and gets its messages."""
+    found = _kept.get(id(module))
+    if found is None or x.dim() != 3 or x.shape[2] != module.input_size or x.device.type != "cpu" or _autocast():
+        return None
+    if not found.fits(module, x.dtype):
+        return None
+    turned = module.batch_first
+    if turned:
+        x = x.transpose(0, 1)
+    states = None
+    if hx is not None:
+        states = hx if type(hx) is tuple else (hx,)
+        shapes = found.shapes(module, x.shape[1])
+        if len(states) != len(shapes):
+            return None
+        for state, shape in zip(states, shapes, strict=True):
+            if type(state) is not Tensor or state.shape != shape or state.device.type != "cpu":
+                return None
+    if lengths is not None:
+        lengths = check_lengths(lengths, x.shape[1], x.shape[0], x.device)
+    y, last = found.run(module, x, states, lengths)
+    return y.transpose(0, 1) if turned else y, (tuple(last) if len(last) == 2 else last[0])
 
 
 @dataclass
@@ -81,7 +109,9 @@ class Prepared:
         self.call, self.native = module._inference_op[twin], self.backend == "cpu"
         self.wide = compute_dtype(self.dtype)
         self.first = [getattr(module, f"{name}_0").detach() for name in module._states] if module.learn_state else None
-        self.zeros: list[Tensor] | None = None
+        self.batch, self.now, self.zeros = -1, [], None
+        key = id(module)  # no reference to the module, which would keep it
+        self.owner = weakref.ref(module, lambda _: _kept.pop(key, None))
         self.layers = [self._layer(module, layer) for layer in range(module.num_layers)]
         self.seen = [_Seen(name, module._parameters[name]) for name in names]
 
@@ -102,34 +132,53 @@ class Prepared:
         if dtype is not self.given or self.environment != backends.setting() or self.options != _options(module):
             return False
         parameters = module._parameters
-        return all(seen.unchanged(parameters) for seen in self.seen)
+        for seen in self.seen:  # noqa: SIM110
+            if not seen.unchanged(parameters):
+                return False
+        return True
 
-    def run(self, module, x: Tensor, states: list[Tensor] | None, lengths: Tensor | None):
+    def shapes(self, module, batch: int) -> list[tuple[int, ...]]:
+        """Of the states, for a batch; kept for the next call."""
+        if self.batch != batch:
+            self.batch, self.zeros = batch, None
+            self.now = [module._state_shape(name, batch) for name in module._states]
+        return self.now
+
+    def run(self, module, x: Tensor, states: Sequence[Tensor] | None, lengths: Tensor | None):
         """As Options._run, of which this is the short way."""
-        batch, wide, numbers = x.shape[1], self.wide, module._inference_numbers()
-        dtypes = [self.given] * len(module._states) if states is None else [s.dtype for s in states]
+        given, wide = self.given, self.wide
+        dtypes = [given] * len(module._states) if states is None else [s.dtype for s in states]
         if states is None:
-            states = self._initial(module, batch)
-        directions, last = 2 if module.bidirectional else 1, [[] for _ in dtypes]
-        y = x if self.dtype is self.given else x.to(self.dtype)
-        one = module.num_layers == 1
-        for index, layer in enumerate(self.layers):
-            gates_x = layer.products(y, module.eps, self.backend)
-            now = states if one else [s[index * directions : (index + 1) * directions] for s in states]
-            now = [s if s.dtype is wide else s.to(wide) for s in now]
-            y, *after = self.call(gates_x, *now, layer.w_hh, *layer.rest, None, lengths, None, *numbers, layer.packed)
-            y = y.flatten(2)
-            for found, state in zip(last, after, strict=True):
-                found.append(state)
-        joined = [found[0] if one else torch.cat(found) for found in last]
-        joined = [s if s.dtype is dtype else s.to(dtype) for s, dtype in zip(joined, dtypes, strict=True)]
-        return (y if y.dtype is self.given else y.to(self.given)), joined
+            states = self._initial(module, x.shape[1])
+        elif any(dtype is not wide for dtype in dtypes):
+            states = [s.to(wide) for s in states]
+        y = x if self.dtype is given else x.to(self.dtype)
+        if len(self.layers) == 1:
+            y, *last = self._one(module, self.layers[0], y, states, lengths)
+        else:
+            directions, parts = 2 if module.bidirectional else 1, []
+            for index, layer in enumerate(self.layers):
+                now = [s[index * directions : (index + 1) * directions] for s in states]
+                y, *after = self._one(module, layer, y, now, lengths)
+                parts.append(after)
+            last = [torch.cat(part) for part in zip(*parts, strict=True)]
+        if any(dtype is not wide for dtype in dtypes):
+            last = [s.to(dtype) for s, dtype in zip(last, dtypes, strict=True)]
+        return y if self.dtype is given else y.to(given), last
+
+    def _one(self, module, layer: _Layer, x: Tensor, states: Sequence[Tensor], lengths: Tensor | None):
+        y, *last = self.call(
+            layer.products(x, module.eps, self.backend), *states, layer.w_hh, *layer.rest, None, lengths, None,
+            *module._inference_numbers(), layer.packed,
+        )  # fmt: skip
+        return y.flatten(2), *last
 
     def _initial(self, module, batch: int) -> list[Tensor]:
         if self.first is not None:
-            return [s.expand(-1, batch, -1) for s in self.first]
-        if self.zeros is None or self.zeros[0].shape[1] != batch:
-            self.zeros = [torch.zeros(module._state_shape(name, batch), dtype=self.wide) for name in module._states]
+            return [s.expand(-1, batch, -1).to(self.wide) for s in self.first]
+        shapes = self.shapes(module, batch)
+        if self.zeros is None:
+            self.zeros = [torch.zeros(shape, dtype=self.wide) for shape in shapes]
         return self.zeros
 
 

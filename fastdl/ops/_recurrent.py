@@ -47,8 +47,8 @@ def _fake_input(x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) ->
 
 
 def packed_products(x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
-    """x [..., I] times a matrix [outputs, I] that ``pack(matrix[None], 1)`` packed, plus bias [outputs]: for inference on
-    the CPU. Without gradient."""
+    """x [..., I] times a matrix [outputs, I] that ``pack(matrix[None], 1)`` packed, plus bias [outputs]: for inference
+    on the CPU. Without gradient."""
     return torch.ops.fastdl.recurrent_input(x, packed, bias, outputs)
 
 
