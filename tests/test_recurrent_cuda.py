@@ -32,10 +32,12 @@ LOOP_ONLY = {"layer_norm", "cell_norm", "projection"}  # what the persistent ker
 
 
 def places():
-    if emulator.emulator_error() is None:
-        yield pytest.param("cpu", id="emulated")
-    if torch.cuda.is_available():
-        yield pytest.param("cuda", id="gpu")
+    """(room, device) of every lane that this machine has; without any, one that skips."""
+    for room in GATES:
+        if emulator.emulator_error() is None:
+            yield pytest.param((room, "cpu"), id=f"{room}-emulated", marks=pytest.mark.lane("emulated cuda", room))
+        if torch.cuda.is_available():
+            yield pytest.param((room, "cuda"), id=f"{room}-gpu", marks=pytest.mark.lane("gpu", room))
 
 
 PLACES = list(places())
@@ -43,14 +45,20 @@ pytestmark = pytest.mark.skipif(not PLACES, reason="neither the emulated library
 
 
 @pytest.fixture(params=PLACES)
-def device(request):
-    with emulated() if request.param == "cpu" else contextlib.nullcontext():
+def place(request):
+    """(room, device), the back end "cuda" running there."""
+    with emulated() if request.param[1] == "cpu" else contextlib.nullcontext():
         yield request.param
 
 
-@pytest.fixture(params=[pytest.param(r, marks=pytest.mark.lane("emulated cuda", r)) for r in GATES])
-def room(request):
-    return request.param
+@pytest.fixture
+def room(place):
+    return place[0]
+
+
+@pytest.fixture
+def device(place):
+    return place[1]
 
 
 @pytest.fixture(params=WAYS)
@@ -135,6 +143,7 @@ class Case:
 SIZES = [(5, 3, 2, 1), (5, 1, 1, 5), (1, 17, 2, 17), (5, 17, 1, 33), (3, 3, 2, 64), (2, 9, 1, 130), (0, 2, 2, 3)]
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("size", [*SIZES, (4, 0, 1, 3)], ids=str)
 def test_sizes(room, way, device, size):
     """(steps, batch, directions, hidden) in every dtype, without options."""
@@ -142,6 +151,7 @@ def test_sizes(room, way, device, size):
         Case(room, *size, dtype=dtype, device=device).run()
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("size", [(3, 3, 2, 33), (4, 2, 1, 8)], ids=str)
 def test_options(room, way, device, size):
     """Each option alone, then all of them."""
@@ -216,6 +226,8 @@ def task_of(room, batch, hidden, *, dtype=torch.bfloat16, backward=False, direct
 
 
 @needs_emulator
+@pytest.mark.lane("emulated cuda", "lstm")
+@pytest.mark.parametrize("room", GATES)
 def test_plans_fit_the_device(room, way):
     """Every unit and sequence in one block, no more blocks than run at the same time, no more memory than there is."""
     for device, hidden, batch, directions, backward, dtype in itertools.product(
@@ -237,6 +249,8 @@ def test_plans_fit_the_device(room, way):
 
 
 @needs_emulator
+@pytest.mark.lane("emulated cuda", "lstm")
+@pytest.mark.parametrize("room", GATES)
 def test_estimates(room):
     """The kernel for a whole sequence where the weights fit and the batch is small; the loop beyond that."""
     for hidden, batch, backward in itertools.product((256, 512, 1024), (1, 8, 64), (False, True)):
@@ -249,6 +263,7 @@ def test_estimates(room):
 
 
 @needs_emulator
+@pytest.mark.native
 def test_several_turns(room, device, monkeypatch):
     """Shapes with several passes over the batch, groups of sequences, and a tile that holds a part of the depth."""
     monkeypatch.setenv("FASTDL_RECURRENT", "persistent")

@@ -118,7 +118,8 @@ def steps(room: str | None, arch: str) -> list[Step]:
     """Everything for one room, or for all that have GPU kernels."""
     rooms = [room] if room else gpu_rooms()
     python = sys.executable
-    tests = sorted({str(p.relative_to(ROOT)) for r in rooms for p in (ROOT / "tests").glob(f"test_{r}*.py")})
+    stems = [*rooms, *(["recurrent"] if {"lstm", "gru", "rnn"} & set(rooms) else [])]
+    tests = sorted({str(p.relative_to(ROOT)) for s in stems for p in (ROOT / "tests").glob(f"test_{s}*.py")})
     only = ["--room", room] if room else []
     if not room:
         tests.append("tests/test_build.py::test_cuda_smoke_runs")
