@@ -29,7 +29,7 @@ CPP := find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 # Stamps live in the environment, so that a second run asks pip nothing.
 STAMP := $(VENV)/.fastdl
 
-.PHONY: help run test build wheel sanitize triton-compile compile-all cuda-report gpu bench lint format clean
+.PHONY: help run test build wheel sanitize triton-compile compile-all cuda-report gpu bench examples lint format clean
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 
@@ -59,6 +59,11 @@ gpu: ## on a machine with an NVIDIA GPU: build, GPU tests, compute-sanitizer, be
 
 bench: $(STAMP)-bench ## benchmarks of every room against named peers
 	$(PY) -m pytest bench $(PYTEST_ARGS)
+
+examples: $(STAMP)-bench ## the models of examples/ on real text, with what they check; plots land in build/examples
+	mkdir -p build/examples
+	$(PY) examples/char_rnn.py --plot build/examples/char_rnn.png
+	$(PY) examples/zaremba_lstm.py --plot build/examples/zaremba_lstm.png
 
 compile-all: $(STAMP)-test ## every CUDA source for every architecture, warnings are errors, no spills
 	FASTDL_CUDA=on FASTDL_CUDA_ARCHS=all FASTDL_WERROR=1 $(PY) setup.py --quiet build_ext --build-lib build/compile-all

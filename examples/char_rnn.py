@@ -1,8 +1,8 @@
 """Karpathy's character model: an RNN, an LSTM and a LayerNorm-LSTM learn to write Python's documentation.
 
-Each is trained twice from the same seed on the same batches, once with fastdl's layer and once with torch's (torch has no
-LayerNorm-LSTM: there a loop over time in plain torch). The loss curves must agree; the script fails where they do not.
-Then fastdl's model writes a text of its own, and a plot of the losses is drawn.
+Each is trained twice from the same seed on the same batches, once with fastdl's layer and once with torch's (torch has
+no LayerNorm-LSTM: there a loop over time in plain torch). The loss curves must agree; the script fails where they do
+not. Then fastdl's model writes a text of its own, and a plot of the losses is drawn.
 
     python examples/char_rnn.py                       # 200 steps each, about a minute
     python examples/char_rnn.py --steps 2000 --kinds lstm --temperature 0.7
@@ -115,7 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=16, help="texts that are read side by side")
     parser.add_argument("--length", type=int, default=32, help="characters a step")
     parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--tolerance", type=float, default=0.01, help="how far losses may differ, as a share")
+    parser.add_argument("--tolerance", type=float, default=0.02, help="how far losses may differ, as a share")
     parser.add_argument("--sample", type=int, default=300, help="characters to write")
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--seed", type=int, default=0)
@@ -141,7 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
         agree = agree and apart <= options.tolerance
         verdict = "agree" if apart <= options.tolerance else "DIFFER"
         print(
-            f"\n{kind}: loss {ours[0]:.3f} -> {ours[-1]:.3f} (torch {theirs[-1]:.3f}); curves {verdict}, {apart:.2%} apart"
+            f"{kind}: loss {ours[0]:.3f} -> {ours[-1]:.3f} (torch's {theirs[-1]:.3f}), {apart:.2%} apart: curves {verdict}"
         )
         if options.sample:
             torch.manual_seed(options.seed)

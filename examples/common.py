@@ -17,17 +17,17 @@ def python_text() -> str:
 
 
 def progress(steps: Iterable, **options):
-    """A tqdm bar on stderr; without tqdm the steps alone."""
+    """A tqdm bar where stderr is a terminal; without tqdm the steps alone."""
     try:
         from tqdm import tqdm
     except ImportError:
         print("for a progress bar type: pip install tqdm", file=sys.stderr)
         return steps
-    return tqdm(steps, file=sys.stderr, leave=False, dynamic_ncols=True, **options)
+    return tqdm(steps, file=sys.stderr, leave=False, disable=None, **options)
 
 
 def plot(path: Path, curves: dict[str, list[float]], x: str, y: str, title: str) -> bool:
-    """Write a picture of the curves; curves whose names begin with "torch" are dashed. False: there is no matplotlib."""
+    """Write a picture of the curves; those whose names begin with "torch" are dashed. False: there is no matplotlib."""
     try:
         import matplotlib
     except ImportError:

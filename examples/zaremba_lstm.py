@@ -1,9 +1,9 @@
 """Zaremba's language model: dropout on the non-recurrent connections alone lets a word-level LSTM generalize.
 
-Two layers of 200 units read Python's documentation, 20 words at a time with carried state, once without dropout and once
-with it: on the embedding, between the layers and before the scores, never from one step to the next. Both see the same
-text in the same order; each counts with its best epoch on the same held-out part. The script fails if dropout does not
-win.
+Two layers of 200 units read Python's documentation, 20 words at a time with carried state, once without dropout and
+once with it: on the embedding, between the layers and before the scores, never from one step to the next. Both see the
+same text in the same order; each counts with its best epoch on the same held-out part. The script fails if dropout does
+not win.
 
     python examples/zaremba_lstm.py                   # some minutes
     python examples/zaremba_lstm.py --hidden 650 --dropout 0.65 --epochs 30
@@ -118,9 +118,8 @@ def main(arguments: list[str] | None = None) -> int:
         curves[name] = train(WordModel(len(known), options.hidden, dropout), *parts, options, name)
     plain, dropped = (min(curve) for curve in curves.values())
     won = dropped < plain
-    print(
-        f"best validation perplexity: {plain:.1f} without dropout, {dropped:.1f} with it: {'as' if won else 'NOT as'} claimed"
-    )
+    claim = "as claimed" if won else "NOT as claimed"
+    print(f"best validation perplexity: {plain:.1f} without dropout, {dropped:.1f} with it: {claim}")
     plot(options.plot, curves, "epoch", "validation perplexity", "Dropout on non-recurrent connections")
     return 0 if won else 1
 
