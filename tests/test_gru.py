@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import recurrent
 import torch
+from recurrent_machinery import Machinery
+from recurrent_results import Results
 
 from fastdl import ops
 from fastdl.ops.gru import BACKWARD, FORWARD, INFERENCE
@@ -21,7 +23,7 @@ FAMILY = recurrent.Family(
 )  # fmt: skip
 
 
-class TestContract(recurrent.Contract):
+class TestContract(Results, Machinery):
     family = FAMILY
 
     def backward_arguments(self, arguments, outputs):

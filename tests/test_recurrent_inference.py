@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -226,3 +227,28 @@ def test_a_tagger_of_a_ragged_batch():
     apart = torch.autograd.grad(sum(losses(tagger(sentences[i][None])[0]) for i in some), list(tagger.parameters()))
     for a, b in zip(together, apart, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
+
+
+def test_evaluation_asked_for_again_keeps_what_is_prepared():
+    layer, x = made("LSTM")
+    kept = inference._kept[id(layer)]
+    with torch.no_grad():
+        nn.Sequential(layer).eval()[0](x)
+        assert inference._kept[id(layer)] is kept
+        layer.train().eval()
+    assert id(layer) not in inference._kept
+
+
+def test_threads_share_a_module():
+    """Batches of other sizes at the same time, from another thread each."""
+    layer, _ = made("GRU")
+    inputs = [torch.randn(4, batch, 3) for batch in (1, 2, 3, 4)]
+    with torch.no_grad():
+        expected = [layer(x)[0] for x in inputs]
+
+    def work(index):
+        with torch.no_grad():
+            return all(torch.equal(layer(inputs[index])[0], expected[index]) for _ in range(50))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(4)))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import recurrent
 import torch
+from recurrent_machinery import Machinery
+from recurrent_results import Results
 
 from fastdl import ops
 from fastdl.ops.rnn import BACKWARD, FORWARD, INFERENCE
@@ -23,7 +25,7 @@ FAMILY = recurrent.Family(
 )  # fmt: skip
 
 
-class TestContract(recurrent.Contract):
+class TestContract(Results, Machinery):
     family = FAMILY
 
     def backward_arguments(self, arguments, outputs):

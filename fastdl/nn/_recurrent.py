@@ -140,7 +140,8 @@ class Options:
         return self.num_layers * (2 if self.bidirectional else 1), batch, size
 
     def train(self, mode: bool = True):
-        inference.forget(self)
+        if mode != self.training:
+            inference.forget(self)
         return super().train(mode)
 
     def _apply(self, *arguments, **options):

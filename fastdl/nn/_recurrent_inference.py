@@ -3,8 +3,8 @@ added up, cast, and the recurrent weights packed as the CPU kernels read them.
 
 What is prepared is kept beside the module, not in it, so copies, pickles and state_dicts know nothing of it, and is
 valid while every parameter is the same object in the same memory with the same version (torch counts in-place changes).
-Writes through ``parameter.data`` are not counted: a sample of each parameter is compared as well, and train() and
-eval() forget what was prepared.
+Writes through ``parameter.data`` are not counted: a sample of each parameter is compared as well, and a change
+between training and evaluation forgets what was prepared.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def short_way(module, x: Tensor, hx, lengths: Tensor | None):
     states = None
     if hx is not None:
         states = hx if type(hx) is tuple else (hx,)
-        shapes = found.shapes(module, x.shape[1])
+        _, shapes, _ = found.for_batch(module, x.shape[1])
         if len(states) != len(shapes):
             return None
         for state, shape in zip(states, shapes, strict=True):
@@ -109,7 +109,7 @@ class Prepared:
         self.call, self.native = module._inference_op[twin], self.backend == "cpu"
         self.wide = compute_dtype(self.dtype)
         self.first = [getattr(module, f"{name}_0").detach() for name in module._states] if module.learn_state else None
-        self.batch, self.now, self.zeros = -1, [], None
+        self.last: tuple[int, list[tuple[int, ...]], list[Tensor]] | None = None
         key = id(module)  # no reference to the module, which would keep it
         self.owner = weakref.ref(module, lambda _: _kept.pop(key, None))
         self.layers = [self._layer(module, layer) for layer in range(module.num_layers)]
@@ -137,12 +137,14 @@ class Prepared:
                 return False
         return True
 
-    def shapes(self, module, batch: int) -> list[tuple[int, ...]]:
-        """Of the states, for a batch; kept for the next call."""
-        if self.batch != batch:
-            self.batch, self.zeros = batch, None
-            self.now = [module._state_shape(name, batch) for name in module._states]
-        return self.now
+    def for_batch(self, module, batch: int) -> tuple[int, list[tuple[int, ...]], list[Tensor]]:
+        """(batch, shapes of the states, zeros of these shapes), kept for the next call: in one attribute, because
+        several threads may call the module."""
+        found = self.last
+        if found is None or found[0] != batch:
+            shapes = [module._state_shape(name, batch) for name in module._states]
+            found = self.last = (batch, shapes, [torch.zeros(shape, dtype=self.wide) for shape in shapes])
+        return found
 
     def run(self, module, x: Tensor, states: Sequence[Tensor] | None, lengths: Tensor | None):
         """As Options._run, of which this is the short way."""
@@ -176,10 +178,7 @@ class Prepared:
     def _initial(self, module, batch: int) -> list[Tensor]:
         if self.first is not None:
             return [s.expand(-1, batch, -1).to(self.wide) for s in self.first]
-        shapes = self.shapes(module, batch)
-        if self.zeros is None:
-            self.zeros = [torch.zeros(shape, dtype=self.wide) for shape in shapes]
-        return self.zeros
+        return self.for_batch(module, batch)[2]
 
 
 class _Seen:
