@@ -29,9 +29,9 @@ void input_of(const RecurrentInputArgs& a, Range rows, Range panels, uint8_t* sc
     const int some = (int)(panels.end - panel < 4 ? panels.end - panel : 4);
     const uint8_t* some_panels[4];
     for (int j = 0; j < some; ++j) some_panels[j] = a.packed + (panel + j) * bytes;
-    for (int64_t row = rows.begin; row < rows.end; row += recurrent_product.max_rows) {
-      const int count =
-          (int)(rows.end - row < recurrent_product.max_rows ? rows.end - row : recurrent_product.max_rows);
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t row = rows.begin + all * block / blocks;
+      const int count = (int)(rows.begin + all * (block + 1) / blocks - row);
       const void* operand = x + row * a.stride;
       int64_t lda = a.stride;
       if (!direct<T> || pad) {

@@ -71,8 +71,9 @@ Tensor recurrent_input(const Tensor& x, const Tensor& packed, const OptionalTens
   const int64_t bytes = padded((a.cols + 15) / 16 * 16 * 4 * 16);
   const Tensor scratch = allocate_bytes(threads * bytes);
   parallel_region(threads, [&](int thread, int team) {
-    // Outputs are shared out, so that each thread reads its own weights; rows where there are too few outputs.
-    const bool by_panel = panels >= 4 * team;
+    // Outputs are shared out, so that each thread reads its own weights; rows where there are too few outputs and enough
+    // rows for whole tiles in every share.
+    const bool by_panel = panels >= 4 * team || rows.count < 16 * team;
     const Range mine = by_panel ? Range{0, rows.count} : range(rows.count, thread, team);
     const Range columns = by_panel ? range(panels, thread, team) : Range{0, panels};
     recurrent_input_table().input(a, mine, columns, first_byte(scratch) + thread * bytes);
