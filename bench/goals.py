@@ -7,6 +7,13 @@
 | peak of generate (512 + 128 tokens) less peak of `import torch`, over the file's size | at most 1.5 | at most 1.2 |
 | mean KL from the exact answer, int8 over llama.cpp's | at most 1.2 | |
 | residual add + layer_norm over torch's two ops; layer_norm alone, forward and gradients | 1.5; 1.0 | 2; 1.3 |
+| LSTM: batch 1, fp32, over the best of torch and onnxruntime, hidden 128 and 256; hidden 512 | 1.4; 1.15 | 2.5; 1.6 |
+| LSTM: batch 1, bf16 weights, over OpenVINO's bf16 | 1.0 | 1.5 |
+| LSTM: batch 16 to 64, hidden 256 to 650, over torch's fp32: fp32; bf16 weights | 1.1; 2.5 | 1.3; 3.5 |
+| LSTM: training step, T 35, batch 20, hidden 650, over torch | 1.2 | 2 |
+| LSTM with layer norm or zoneout: time over plain fastdl LSTM | at most 1.25 | at most 1.1 |
+| LSTM: memory of a training step over torch's | at most 1.1 | |
+| on a GPU: LSTM forward, and with its backward, in bf16, over cuDNN | 1.2 | 2 |
 | on a GPU: norm forward; backward, add + norm: share of the copy bandwidth | 0.85; 0.70 | 0.92; 0.85 |
 | mean KL with bf16 and with fp32 activations | at most 2e-4, 1e-6 | |
 """
@@ -58,3 +65,45 @@ KL = {"bf16": Goal(2e-4, at_most=True), "fp32": Goal(1e-6, at_most=True)}
 KL_INT8_ALONE = (
     4.8e-3  # 1.2 x the 4e-3 that llama.cpp's int8 activations cost on English; used where it cannot be asked
 )
+
+# Recurrent rooms: (room, kind, (time, batch, hidden), dtype of the products) -> what is promised, None: only measured.
+# These are the cases that bench_lstm.py, bench_gru.py and bench_rnn.py measure, and the rows of their table.
+ONE = ((50, 1, 128), (50, 1, 256), (128, 1, 512))
+BATCHES = ((50, 16, 256), (50, 64, 512), (35, 20, 650))
+WITH_OPTIONS = ((50, 1, 256), (50, 16, 256), (35, 20, 650))
+RECURRENT: dict[tuple[str, str, tuple[int, int, int], str], Goal | None] = {
+    ("lstm", "inference", ONE[0], "fp32"): Goal(1.4, 2.5),
+    ("lstm", "inference", ONE[1], "fp32"): Goal(1.4, 2.5),
+    ("lstm", "inference", ONE[2], "fp32"): Goal(1.15, 1.6),  # its weights just fill the level-2 caches
+    **{("lstm", "inference", shape, "bf16"): Goal(1.0, 1.5) for shape in ONE},
+    **{("lstm", "inference", shape, "fp32"): Goal(1.1, 1.3) for shape in BATCHES},
+    **{("lstm", "inference", shape, "bf16"): Goal(2.5, 3.5) for shape in BATCHES},
+    ("lstm", "training", (35, 20, 650), "fp32"): Goal(1.2, 2.0),
+    ("lstm", "training", (50, 16, 256), "fp32"): None,
+    **{("lstm", "options_inference", shape, "fp32"): Goal(1.25, 1.1, at_most=True) for shape in WITH_OPTIONS},
+    **{("lstm", "options_training", shape, "fp32"): Goal(1.25, 1.1, at_most=True) for shape in WITH_OPTIONS},
+    **{("lstm", "memory", shape, "fp32"): Goal(1.1, at_most=True) for shape in ((50, 16, 256), (35, 20, 650))},
+    **{
+        (room, kind, shape, dtype): None
+        for room in ("gru", "rnn")
+        for kind, shape, dtype in (
+            ("inference", (50, 1, 256), "fp32"),
+            ("inference", (50, 16, 256), "fp32"),
+            ("inference", (50, 16, 256), "bf16"),
+            ("training", (50, 16, 256), "fp32"),
+        )
+    },
+}
+RECURRENT_GPU = Goal(1.2, 2.0)
+
+
+def recurrent_cases(room: str, *kinds: str) -> list[tuple[str, tuple[int, int, int], str]]:
+    """(kind, shape, dtype) of a room, for pytest.mark.parametrize."""
+    return [case for name, *case in RECURRENT if name == room and case[0] in kinds]
+
+
+def recurrent_peers(kind: str, shape: tuple[int, int, int], dtype: str) -> tuple[str, ...]:
+    """The peers of which the fastest counts."""
+    if kind == "inference" and shape[1] == 1:
+        return ("torch fp32", "onnxruntime fp32") if dtype == "fp32" else ("OpenVINO bf16",)
+    return ("torch fp32",)

@@ -24,6 +24,9 @@ LIBRARIES = (
     "torchao",
     "llama-cpp-python",
     "liger-kernel",
+    "onnxruntime",
+    "onnx",
+    "openvino",
     "pytest-benchmark",
 )
 LEVELS = ("amx", "avx512", "avx2")  # best first; "scalar" is no speed claim

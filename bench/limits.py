@@ -8,6 +8,7 @@ Test: tests/test_bench.py
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
@@ -95,6 +96,14 @@ def read_limit(limits: dict[str, float], working_set: int) -> float:
         return limits[f"read_{GB2 // 10**6}MB"]
     small = f"read_{MB100 // 10**6}MB"
     return limits[small] if small in limits else limits["torch_sum_100MB"]
+
+
+@functools.cache
+def read_rate(nbytes: int, threads: int) -> float | None:
+    """GB/s for reading `nbytes` over and over, from the cache that holds them; None without a C compiler."""
+    with tempfile.TemporaryDirectory() as folder:
+        probe = compile_probe(Path(folder))
+        return None if probe is None else reading(probe, "read", nbytes, threads)
 
 
 def product_limit(limits: dict[str, float], level: str, activation: str) -> float:

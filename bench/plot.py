@@ -17,6 +17,7 @@ from bench import hardware
 COLORS = {
     "fastdl": "#1b6ca8", "llama.cpp": "#b5b5b5", "ik_llama.cpp": "#7d7d7d",
     "torch bf16": "#b5b5b5", "torch fp32": "#d9d9d9", "torchao int4": "#7d7d7d",
+    "onnxruntime fp32": "#8fb08c", "OpenVINO fp32": "#c9b27c", "OpenVINO bf16": "#b58e3d",
 }  # fmt: skip
 
 
@@ -25,9 +26,7 @@ def draw_all(found: dict[str, list[dict]], folder: Path) -> list[Path]:
     drawn = []
     for bench, contents in found.items():
         for content in contents:
-            if bench == "norm":
-                continue  # its table says all
-            panels = llm_panels(content["records"]) if bench == "llm" else ratio_panels(content["records"])
+            panels = PANELS[bench](content["records"]) if bench in PANELS else []  # others: their table says all
             if panels:
                 drawn.append(draw(panels, f"{bench}: {content['name']}", folder / f"{content['name']}-{bench}.png"))
     return drawn
@@ -59,6 +58,24 @@ def ratio_panels(records: dict[str, dict]) -> list[dict]:
         shape = "x".join(map(str, record["shape"])) if "shape" in record else key
         by_panel.setdefault(title, {})[shape] = ours["speedup_over"]
     return [{"title": t, "unit": "times as fast as", "groups": groups} for t, groups in by_panel.items()]
+
+
+def recurrent_panels(records: dict[str, dict]) -> list[dict]:
+    """Times as fast as each peer: a panel for each level, kind and dtype, a group of bars for each time x batch x
+    hidden; what options cost and the GPU are in the table."""
+    by_panel: dict[str, dict] = {}
+    for record in sorted(records.values(), key=lambda r: (r["level"], r["kind"], r["dtype"], r["shape"])):
+        ours = record.get("sides", {}).get(f"fastdl {record['dtype']}")
+        if ours is not None:
+            title = f"{record['level']}, {record['kind']}, {record['dtype']}"
+            by_panel.setdefault(title, {})["x".join(map(str, record["shape"]))] = ours["speedup_over"]
+    return [{"title": t, "unit": "times as fast as", "groups": groups} for t, groups in by_panel.items()]
+
+
+PANELS = {
+    "llm": llm_panels, "quant_matmul": ratio_panels, "decoder_block": ratio_panels,
+    **dict.fromkeys(("lstm", "gru", "rnn"), recurrent_panels),
+}  # fmt: skip
 
 
 def draw(panels: list[dict], title: str, path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""torch's recurrent layers as ONNX graphs, run by onnxruntime and by OpenVINO: peers of the benchmarks of lstm, gru, rnn.
+"""torch's recurrent layers as ONNX graphs, run by onnxruntime and by OpenVINO: peers of rooms lstm, gru and rnn.
 
 One layer, one direction. ONNX orders gates i o f c (torch i f g o) and z r h (torch r z n); linear_before_reset=1 is
 torch's GRU. Both peers keep their own packed weights, read the input where it lies and write into tensors made once.

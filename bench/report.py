@@ -15,8 +15,9 @@ import argparse
 from pathlib import Path
 
 from bench import goals, hardware, results
+from bench.cells import LEVEL_NAMES, NOT_MEASURED, machine_name, number, pick, rows, times
+from bench.recurrent_report import ROOMS, gpu_recurrent_rows, recurrent_lines, recurrent_table
 
-NOT_MEASURED = "not yet measured"
 NORM_KINDS = {
     "add_norm": "residual add + layer_norm",
     "add_norm_sum": "residual add + layer_norm, the sum returned too",
@@ -24,18 +25,7 @@ NORM_KINDS = {
     "norm_gradients": "layer_norm and its gradients",
 }
 GPU_NORM_KINDS = {"norm": "{} forward", "norm_backward": "{} backward", "add_norm": "residual add + {}"}
-LEVEL_NAMES = {"amx": "AMX", "avx512": "AVX-512", "avx2": "AVX2", "scalar": "scalar"}
 METRIC_NAMES = {"prefill": "prefill, 512 tokens", "decode": "decode, batch 1, 128 tokens"}
-
-
-def times(value: dict) -> str:
-    """'2.31 × (2.25 to 2.40)'"""
-    return f"{value['median']:.2f} × ({value['min']:.2f} to {value['max']:.2f})"
-
-
-def number(value: dict, digits: int = 0) -> str:
-    """'412 (405 to 420)'"""
-    return f"{value['median']:,.{digits}f} ({value['min']:,.{digits}f} to {value['max']:,.{digits}f})"
 
 
 def goal_table(found: dict[str, list[dict]]) -> str:
@@ -62,25 +52,6 @@ def goal_table(found: dict[str, list[dict]]) -> str:
             if cells:
                 lines += rows(f"exact fp32: mean KL, {activation} activations, {LEVEL_NAMES[level]}", must, "", cells)
     return "\n".join(lines)
-
-
-def rows(name: str, must: str, aim: str, cells: list[tuple[str, dict]]) -> list[str]:
-    """One row a machine; one row that says so when none has measured it."""
-    if not cells:
-        return [f"| {name} | {must} | {aim} | {NOT_MEASURED} | |"]
-    return [f"| {name} | {must} | {aim} | {cell} | {machine_name(machine)} |" for cell, machine in cells]
-
-
-def pick(contents: list[dict], key: str) -> list[tuple[dict, dict]]:
-    """(record, file) of every machine that has a record under that key."""
-    return [(content["records"][key], content) for content in contents if key in content["records"]]
-
-
-def machine_name(content: dict) -> str:
-    machine = content["hardware"]
-    if machine.get("gpu"):
-        return machine["model"]
-    return f"{machine['model']}, {machine['cores']} cores, {LEVEL_NAMES[machine['best_level']]}"
 
 
 def speed_cell(record: dict, peer: str, goal: goals.Goal) -> str:
@@ -217,7 +188,8 @@ def write_readme(path: Path, found: dict[str, list[dict]]) -> None:
     begin, end = "<!-- measured:begin -->", "<!-- measured:end -->"
     text = path.read_text(encoding="utf-8")
     before, rest = text.split(begin)
-    tables = f"{begin}\n{goal_table(found)}\n\n{products_table(found)}\n\n{norm_table(found)}\n{end}"
+    tables = f"{begin}\n{goal_table(found)}\n\n{products_table(found)}\n\n{norm_table(found)}\n\n"
+    tables += f"{recurrent_table(found)}\n{end}"
     path.write_text(before + tables + rest.split(end)[1], encoding="utf-8")
 
 
@@ -246,6 +218,8 @@ def gpu_lines(key: str, record: dict) -> list[str]:
 
 LINES = {"llm": llm_lines, "quant_matmul": sides_lines, "decoder_block": sides_lines, "norm": norm_lines}
 LINES |= dict.fromkeys(("group_norm", "batch_norm", "activation", "linear_scan", "selective_scan"), norm_lines)
+LINES |= dict.fromkeys(ROOMS, lambda key, record: gpu_lines(key, record) if record["level"] == "gpu" else
+                       recurrent_lines(key, record))  # fmt: skip
 
 
 def write_tables(folder: Path, found: dict[str, list[dict]]) -> list[Path]:
@@ -254,9 +228,10 @@ def write_tables(folder: Path, found: dict[str, list[dict]]) -> list[Path]:
     for bench, contents in found.items():
         for content in (content for content in contents if content["hardware"].get("gpu")):
             parts = [f"# {bench} on {machine_name(content)}"]
-            if bench == "norm":  # the room with goals
+            table = {"norm": gpu_norm_rows, "lstm": gpu_recurrent_rows}.get(bench)  # the rooms with goals
+            if table is not None:
                 head = ["| what | must | aim | measured | on |", "| --- " * 5 + "|"]
-                parts.append("\n".join([*head, *gpu_norm_rows({bench: [content]})]))
+                parts.append("\n".join([*head, *table({bench: [content]})]))
             path = folder / f"{content['name']}-{bench}.md"
             path.write_text("\n\n".join([*parts, details({bench: [content]})]) + "\n")
             written.append(path)

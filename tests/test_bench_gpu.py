@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))  # bench/ is not installed
 
-from bench import accuracy, gpu, hardware, norm_gpu, report, results, rooms_gpu, timing  # noqa: E402
+from bench import accuracy, gpu, hardware, norm_gpu, recurrent_gpu, report, results, rooms_gpu, timing  # noqa: E402
 
 GPU = {"model": "NVIDIA H100 80GB HBM3", "gpu": True}
 CPU = {"model": "Some CPU 7", "best_level": "avx512", "cores": 2, "flags": []}
@@ -69,6 +69,22 @@ def test_record_of_other_rooms(room, kind, shape, eager_compile):
     assert record["op"] == room and record["kind"] == kind and record["shape"] == list(small)
     assert all(side["relative_error"] <= gpu.ALLOWED for side in record["sides"].values())
     assert report.lines(room, {"gpu": record})
+
+
+@pytest.mark.parametrize("kind", recurrent_gpu.KINDS)
+def test_record_and_table_of_lstm(kind, tmp_path):
+    record = recurrent_gpu.measure(
+        kind, (5, 3, 16), 1, 1e-3, device="cpu", backends=("torch",), seconds_per_call=timer()
+    )
+    assert list(record["sides"]) == ["fastdl torch", "cuDNN"] and not record["missing"]
+    assert all(side["relative_error"] <= gpu.ALLOWED for side in record["sides"].values())
+    run = {"when": "now", "commit": "c", "threads": 2, "versions": {}, "peers": {}, "limits": {"gpu": gpu_limits()}}
+    results.save(results.path_for(tmp_path, GPU, "lstm"), GPU, "r1", run, {f"gpu/{kind}/5x3x16/bf16": record})
+    report.main(["--results", str(tmp_path), "--details", "--tables"])
+    text = (tmp_path / "nvidia-h100-80gb-hbm3-lstm.md").read_text()
+    row = next(line for line in text.splitlines() if line.startswith("| on a GPU: LSTM forward"))
+    assert "T 5, batch 3, hidden 16, bf16, over cuDNN | 1.2 × | 2.0 × | 1.00 × (1.00 to 1.00) (torch): MISSED" in row
+    assert report.recurrent_table(results.load_all(tmp_path)).count("NVIDIA H100") == 1
 
 
 def test_the_larger_copy_is_the_limit(eager_compile):

@@ -99,12 +99,22 @@ const Cap* find_cap(const char* name) {
   return nullptr;
 }
 
+bool compiled(CpuVariant variant) {
+  switch (variant) {
+#define FASTDL_CASE(name) \
+  case CpuVariant::name: return true;
+    FASTDL_VARIANTS(FASTDL_CASE)
+#undef FASTDL_CASE
+    default: return false;
+  }
+}
+
 CpuVariant widest(CpuVariant cap) {
   // Without the bits that the twin needs, "amx-twin" means: whatever the CPU has.
   if (cap == CpuVariant::amx_twin && features().has(cap)) return cap;
   for (int v = static_cast<int>(CpuVariant::amx); v > 0; --v) {
     const auto variant = static_cast<CpuVariant>(v);
-    if (variant > cap || !features().has(variant)) continue;
+    if (variant > cap || !compiled(variant) || !features().has(variant)) continue;
     if (variant == CpuVariant::amx && !amx_granted()) continue;
     return variant;
   }
