@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dropout", type=float, default=0.5)
     parser.add_argument("--hidden", type=int, default=200)
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--batch", type=int, default=20, help="texts that are read side by side")
     parser.add_argument("--length", type=int, default=20, help="words a step")
     parser.add_argument("--lr", type=float, default=2e-3)
