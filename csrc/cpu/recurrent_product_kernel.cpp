@@ -154,7 +154,8 @@ void amx_tile(const uint16_t* a, int64_t lda, const uint8_t* const* panels, int 
     write(n);                \
   }
   FASTDL_TILE_WRITE(0)
-  FASTDL_TILE_WRITE(1) FASTDL_TILE_WRITE(2) FASTDL_TILE_WRITE(3)
+  FASTDL_TILE_WRITE(1)
+  FASTDL_TILE_WRITE(2) FASTDL_TILE_WRITE(3)
 #undef FASTDL_TILE_WRITE
       tiles_end();
 }
