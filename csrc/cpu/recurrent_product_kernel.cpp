@@ -142,7 +142,10 @@ void amx_tile(const uint16_t* a, int64_t lda, const uint8_t* const* panels, int 
     TILE_LOAD(5, inputs(n));     \
     TILE_DOT_BF16(n, 4, 5);      \
   }
-    FASTDL_TILE_STEP(0) FASTDL_TILE_STEP(1) FASTDL_TILE_STEP(2) FASTDL_TILE_STEP(3)
+    FASTDL_TILE_STEP(0);
+    FASTDL_TILE_STEP(1);
+    FASTDL_TILE_STEP(2);
+    FASTDL_TILE_STEP(3);
 #undef FASTDL_TILE_STEP
   }
   const auto write = [&](int n) {
@@ -153,11 +156,12 @@ void amx_tile(const uint16_t* a, int64_t lda, const uint8_t* const* panels, int 
     TILE_STORE(n, sums);     \
     write(n);                \
   }
-  FASTDL_TILE_WRITE(0)
-  FASTDL_TILE_WRITE(1)
-  FASTDL_TILE_WRITE(2) FASTDL_TILE_WRITE(3)
+  FASTDL_TILE_WRITE(0);
+  FASTDL_TILE_WRITE(1);
+  FASTDL_TILE_WRITE(2);
+  FASTDL_TILE_WRITE(3);
 #undef FASTDL_TILE_WRITE
-      tiles_end();
+  tiles_end();
 }
 #endif
 
