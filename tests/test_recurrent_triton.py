@@ -31,7 +31,7 @@ U = {"lstm": 9, "gru": 7, "rnn": 6}  # among those of backward
 WAYS = ("steps", "sequence")
 WHOLE = {"layer_norm", "projection"}  # options that only the step loop has
 # time, batch, input, hidden; the tiles of whole sequences are 16, 32, 64 and 128 wide
-SHAPES = [(5, 3, 1, 5), (1, 1, 1, 1), (5, 17, 1, 17), (3, 3, 1, 33), (2, 17, 1, 64), (2, 3, 1, 128), (3, 1, 1, 130)]
+SHAPES = [(5, 3, 1, 5), (1, 1, 1, 1), (2, 17, 1, 17), (2, 3, 1, 33), (1, 2, 1, 64), (1, 3, 1, 128), (2, 1, 1, 130)]
 EMPTY = [(0, 3, 1, 5), (5, 0, 1, 17), (0, 0, 1, 33)]
 
 
@@ -144,14 +144,14 @@ def test_empty(room, sizes):
 @pytest.mark.parametrize(("room", "options"), each_option("steps"))
 def test_options_step_by_step(monkeypatch, room, options):
     take(monkeypatch, room, "steps")
-    check_room(room, (5, 3, 1, 18), (*options, "two"), torch.float32)
+    check_room(room, (3, 3, 1, 18), (*options, "two"), torch.float32)
     check_room(room, (3, 5, 1, 9), options, torch.float16, seed=False, without=(0,))
 
 
 @pytest.mark.parametrize(("room", "options"), each_option("sequence"))
 def test_options_of_whole_sequences(monkeypatch, room, options):
     ways = take(monkeypatch, room, "sequence")
-    check_room(room, (5, 3, 1, 18), (*options, "two"), torch.float32)
+    check_room(room, (3, 3, 1, 18), (*options, "two"), torch.float32)
     check_room(room, (3, 5, 1, 9), options, torch.float16, seed=False, without=(0,))
     assert all(block in (16, 32) for block in ways)
 
@@ -163,7 +163,7 @@ def test_rows_wider_than_a_tile(monkeypatch, room):
     for name in ("step", "step_backward"):
         monkeypatch.setitem(configs._TABLE, f"{room}_{name}", {16: configs.Config(2, 1)})
     for options in (("two", "lengths"), options_of(room, "steps")):
-        check_room(room, (3, 5, 1, 37), options, torch.float32)
+        check_room(room, (2, 3, 1, 37), options, torch.float32)
 
 
 def test_the_way_is_a_function_of_shape_dtype_and_architecture(monkeypatch):
