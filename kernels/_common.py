@@ -33,7 +33,8 @@ def dropout(x, seed, index, p, scale):
 
 @triton.jit
 def sigmoid(t):
-    return 1.0 / (1.0 + tl.exp(-t))
+    e = tl.exp(-tl.abs(t))
+    return tl.where(t < 0, e, 1.0) / (1.0 + e)
 
 
 @triton.jit

@@ -236,8 +236,9 @@ def _steps(
         )  # fmt: skip
         through, direct, dc = times(operand), to_direct, to_dc
     dh0 = direct + (through if h_mask is None else through * h_mask)
+    dc0 = dc if count else dc.clone()  # no steps: outputs never alias inputs
     none = gates.new_empty(0)
-    return da, none if du is None else du, dh0, dc, *sums(gates, *parts), *(none if t is None else t for t in (out, m))
+    return da, none if du is None else du, dh0, dc0, *sums(gates, *parts), *(none if t is None else t for t in (out, m))
 
 
 def lstm_backward(dy, dh_n, dc_n, dgates, dcells, gates, cells, c0, w_hh, *rest) -> tuple[Tensor, ...]:

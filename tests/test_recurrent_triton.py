@@ -31,7 +31,7 @@ U = {"lstm": 9, "gru": 7, "rnn": 6}  # among those of backward
 WAYS = ("steps", "sequence")
 WHOLE = {"layer_norm", "projection"}  # options that only the step loop has
 # time, batch, input, hidden; the tiles of whole sequences are 16, 32, 64 and 128 wide
-SHAPES = [(5, 3, 1, 5), (1, 1, 1, 1), (5, 17, 1, 17), (3, 3, 1, 33), (2, 17, 1, 64), (2, 3, 1, 128), (3, 1, 1, 130)]
+SHAPES = [(5, 3, 1, 5), (1, 1, 1, 1), (2, 17, 1, 17), (2, 3, 1, 33), (1, 2, 1, 64), (1, 3, 1, 128), (2, 1, 1, 130)]
 EMPTY = [(0, 3, 1, 5), (5, 0, 1, 17), (0, 0, 1, 33)]
 
 
@@ -85,8 +85,8 @@ def in_double(arguments):
     return [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in arguments]
 
 
-def compare(function, reference, arguments, name) -> None:
-    """The rule, from memory full of NaN, and the same at a second run."""
+def compare(function, reference, arguments, name):
+    """The rule, from memory full of NaN, and the same at a second run: (ours, the reference's)."""
     with poisoned():
         ours, again = function(*arguments), function(*arguments)
     exact, peer = reference(*in_double(arguments)), reference(*arguments)
@@ -96,6 +96,7 @@ def compare(function, reference, arguments, name) -> None:
         assert torch.equal(a, b)
         assert not any(isinstance(t, Tensor) and t.numel() and t.data_ptr() == a.data_ptr() for t in arguments)
         assert_accurate(a, e, p, name=f"{name}, output {index}")
+    return ours, peer
 
 
 def check_room(room, sizes, options, dtype, *, seed=True, without=()) -> None:
@@ -108,12 +109,12 @@ def check_room(room, sizes, options, dtype, *, seed=True, without=()) -> None:
     arguments = arguments_of(room, sizes, options, dtype)
     if not seed:  # zoneout's expectation
         arguments[SEED[room]] = None
-    compare(*functions[0], arguments, f"{room}, forward")
-    outputs, plain = functions[0][0](*arguments), functions[1][0](*arguments, None)
+    outputs, exact = compare(*functions[0], arguments, f"{room}, forward")
+    plain = functions[1][0](*arguments, None)
     assert len(plain) == len(outputs) - (2 if room == "lstm" else 1)
     assert all(torch.equal(a, b) for a, b in zip(plain, outputs, strict=False))
 
-    grads = list(TESTS[room].TestContract().backward_arguments(arguments, functions[0][1](*arguments)))
+    grads = list(TESTS[room].TestContract().backward_arguments(arguments, exact))
     grads[U[room]] = None if grads[U[room]] is None else grads[U[room]].to(dtype)
     for index in without:
         grads[index] = None
@@ -129,7 +130,7 @@ def test_shapes(monkeypatch, room, sizes, way):
     ways = take(monkeypatch, room, way)
     check_room(room, sizes, ("two", "lengths"), torch.float32)
     check_room(room, sizes, options_of(room, way), torch.float16)
-    assert len(ways) == 12 and all((block is None) == (sizes[3] > 128) for block in ways[6:])
+    assert len(ways) == 10 and all((block is None) == (sizes[3] > 128) for block in ways[5:])
 
 
 @pytest.mark.parametrize("sizes", EMPTY, ids=str)
@@ -144,14 +145,14 @@ def test_empty(room, sizes):
 @pytest.mark.parametrize(("room", "options"), each_option("steps"))
 def test_options_step_by_step(monkeypatch, room, options):
     take(monkeypatch, room, "steps")
-    check_room(room, (5, 3, 1, 18), (*options, "two"), torch.float32)
+    check_room(room, (3, 3, 1, 18), (*options, "two"), torch.float32)
     check_room(room, (3, 5, 1, 9), options, torch.float16, seed=False, without=(0,))
 
 
 @pytest.mark.parametrize(("room", "options"), each_option("sequence"))
 def test_options_of_whole_sequences(monkeypatch, room, options):
     ways = take(monkeypatch, room, "sequence")
-    check_room(room, (5, 3, 1, 18), (*options, "two"), torch.float32)
+    check_room(room, (3, 3, 1, 18), (*options, "two"), torch.float32)
     check_room(room, (3, 5, 1, 9), options, torch.float16, seed=False, without=(0,))
     assert all(block in (16, 32) for block in ways)
 
@@ -163,7 +164,7 @@ def test_rows_wider_than_a_tile(monkeypatch, room):
     for name in ("step", "step_backward"):
         monkeypatch.setitem(configs._TABLE, f"{room}_{name}", {16: configs.Config(2, 1)})
     for options in (("two", "lengths"), options_of(room, "steps")):
-        check_room(room, (3, 5, 1, 37), options, torch.float32)
+        check_room(room, (2, 3, 1, 37), options, torch.float32)
 
 
 def test_the_way_is_a_function_of_shape_dtype_and_architecture(monkeypatch):
