@@ -487,7 +487,8 @@ def test_the_page_about_them_runs():
     names = {}
     for example in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
         exec(example, names)
-    assert isinstance(names["layer"], fastdl.nn.GRU) and names["state"].dtype == torch.float32
+        if "part in" in example:  # a state that is carried on in float32
+            assert isinstance(names["layer"], fastdl.nn.GRU) and names["state"].dtype == torch.float32
     every = {name for kind in EXTRAS.values() for options in kind for name in options} - {"nonlinearity"}
     assert all(f"{name}=" in text for name in every)
 
