@@ -39,7 +39,14 @@ def room_of(item) -> str | None:
     return max((room for room in ROOMS if stem == room or stem.startswith(f"{room}_")), key=len, default=None)
 
 
+def pytest_configure(config):
+    lanes.only_levels += filter(None, config.option.levels.split(","))
+
+
 def pytest_generate_tests(metafunc):
+    if "level" in metafunc.fixturenames:
+        none = pytest.param("none", marks=pytest.mark.skip("no compiled library"))
+        metafunc.parametrize("level", lanes.level_caps() or [none], indirect=True)
     if "lane" in metafunc.fixturenames:
         room = room_of(metafunc.definition)
         metafunc.parametrize("lane", lanes.lanes(room), indirect=True, ids=lambda lane: lane.name.replace(" ", "-"))
@@ -66,6 +73,7 @@ def place_of(item) -> tuple[str | None, str | None]:
 def pytest_addoption(parser):
     group = parser.getgroup("fastdl")
     group.addoption("--room", choices=sorted(ROOMS), help="only tests of this room")
+    group.addoption("--levels", default="", help="only these CPU levels, a comma list: scalar,avx2,...")
     group.addoption("--lane", choices=lanes.LANES, help="only tests of this lane; a room of it that ran none fails")
 
 
@@ -131,7 +139,7 @@ def native():
         pytest.skip(f"compiled library: {backend.native_error()}")
 
 
-@pytest.fixture(params=lanes.level_caps() or [pytest.param("none", marks=pytest.mark.skip("no compiled library"))])
+@pytest.fixture
 def level(request):
     """Runs the test once per CPU variant of this machine, the kernels capped to it; the value is the cap's name."""
     with backend.level_cap(request.param):

@@ -60,8 +60,11 @@ class Lane:
             yield self
 
 
+only_levels: list[str] = []  # caps that --levels asked for; all when empty
+
+
 def level_caps() -> list[str]:
-    """Caps that this CPU can reach, each giving another compiled variant."""
+    """Caps that this CPU can reach, each giving another compiled variant, of those that --levels asked for."""
     if not backend.native_loaded():
         return []
     features = set(backend.cpu_features().split(","))
@@ -72,7 +75,7 @@ def level_caps() -> list[str]:
             caps += ["avx512-plain"]
             if "avx512_bf16" in features:
                 caps += ["avx512", "amx-twin"] + (["amx"] if "amx" in features else [])
-    return caps
+    return [cap for cap in caps if not only_levels or cap in only_levels]
 
 
 def missing(lane: str) -> str | None:

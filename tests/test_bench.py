@@ -56,9 +56,9 @@ def test_cpuinfo_names_model_flags_and_level():
     assert hardware.slug({**found, "best_level": "amx", "cores": 2}) == "intel-xeon-platinum-8481c-amx-2c"
 
 
-@pytest.mark.parametrize("level", FLAGS)
-def test_best_level_of_flags(level):
-    assert hardware.best_level(FLAGS[level]) == level
+@pytest.mark.parametrize("best", FLAGS)
+def test_best_level_of_flags(best):
+    assert hardware.best_level(FLAGS[best]) == best
 
 
 def test_hardware_of_this_machine_can_be_stored():
