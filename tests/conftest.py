@@ -80,10 +80,15 @@ def pytest_addoption(parser):
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield
-    room, lane = place_of(item)
-    if call.when == "call" and not report.skipped and room:
-        lanes.count(room, lane)
+    if call.when == "call" and not report.skipped:
+        report.user_properties.append(("room and lane", place_of(item)))  # travels with it from pytest-xdist's workers
     return report
+
+
+def pytest_runtest_logreport(report):
+    for name, (room, lane) in report.user_properties if report.when == "call" else ():
+        if name == "room and lane" and room:
+            lanes.count(room, lane)
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -96,6 +101,8 @@ def pytest_terminal_summary(terminalreporter):
 def pytest_sessionfinish(session):
     """A whole run in which a lane of this machine ran nothing has failed."""
     config = session.config
+    if hasattr(config, "workerinput"):
+        return  # pytest-xdist: the process that hands out the tests counts
     whole = config.args_source == config.ArgsSource.TESTPATHS or config.option.lane
     whole = whole and not config.option.keyword and not config.option.markexpr
     whole = whole and not config.option.collectonly and not config.getoption("lf", False)
