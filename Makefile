@@ -39,7 +39,7 @@ run: $(STAMP)-install ## environment, build, demo model, text streaming to the t
 	@$(VENV)/bin/fastdl generate -m "$$(cat $(STAMP)-model)" -- "$${FASTDL_PROMPT:-The capital of France is}"
 
 test: $(STAMP)-test ## environment, build, every test this machine can run
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest -n auto $(PYTEST_ARGS)
 
 build: $(LIBRARY) ## the native libraries, in the source tree
 

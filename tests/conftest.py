@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 import zlib
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_WAIT_POLICY"] = "passive"  # before OpenMP is loaded: the other workers need the cores
+
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(2)  # so that every test meets the code of several threads
 
 import lanes
 
@@ -46,7 +51,7 @@ def pytest_configure(config):
 def pytest_generate_tests(metafunc):
     if "level" in metafunc.fixturenames:
         none = pytest.param("none", marks=pytest.mark.skip("no compiled library"))
-        metafunc.parametrize("level", lanes.level_caps() or [none], indirect=True)
+        metafunc.parametrize("level", lanes.level_caps(room_of(metafunc.definition)) or [none], indirect=True)
     if "lane" in metafunc.fixturenames:
         room = room_of(metafunc.definition)
         metafunc.parametrize("lane", lanes.lanes(room), indirect=True, ids=lambda lane: lane.name.replace(" ", "-"))

@@ -61,10 +61,17 @@ class Lane:
 
 
 only_levels: list[str] = []  # caps that --levels asked for; all when empty
+# Caps that give some rooms no other kernel than the cap below: CMakeLists.txt compiles them per kind of vectors.
+SAME_KERNELS = {
+    **dict.fromkeys(("norm", "group_norm", "batch_norm", "activation"), {"avx2", "amx-twin", "amx"}),
+    **dict.fromkeys(("linear_scan", "selective_scan"), {"avx2", "amx-twin", "amx"}),
+    **dict.fromkeys(("lstm", "gru", "rnn"), {"avx2"}),  # their products use tiles
+}
 
 
-def level_caps() -> list[str]:
-    """Caps that this CPU can reach, each giving another compiled variant, of those that --levels asked for."""
+def level_caps(room: str | None = None) -> list[str]:
+    """Caps that this CPU can reach, each giving another compiled variant (of the room), of those that --levels asked
+    for."""
     if not backend.native_loaded():
         return []
     features = set(backend.cpu_features().split(","))
@@ -75,6 +82,7 @@ def level_caps() -> list[str]:
             caps += ["avx512-plain"]
             if "avx512_bf16" in features:
                 caps += ["avx512", "amx-twin"] + (["amx"] if "amx" in features else [])
+    caps = [cap for cap in caps if cap not in SAME_KERNELS.get(room, ())]
     return [cap for cap in caps if not only_levels or cap in only_levels]
 
 
@@ -100,7 +108,7 @@ def lanes(room: str) -> list[Lane]:
     backends = ROOMS[room].backends
     found = [Lane("reference", "torch")]
     if "cpu" in backends:
-        found += [Lane(f"cpu {cap}", "cpu", level=cap) for cap in level_caps()]
+        found += [Lane(f"cpu {cap}", "cpu", level=cap) for cap in level_caps(room)]
     if "cuda" in backends and not missing("emulated cuda"):
         found.append(Lane("emulated cuda", "cuda"))
     if "triton" in backends and not missing("triton interpreted"):

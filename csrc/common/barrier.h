@@ -19,7 +19,7 @@ struct alignas(64) Barrier {
       return;
     }
     for (int32_t spins = 0; __atomic_load_n(&phase, __ATOMIC_ACQUIRE) == now; ++spins) {
-      if (spins > 20000) {
+      if (spins > 2000) {
         sched_yield();
       } else {
 #if defined(__x86_64__)

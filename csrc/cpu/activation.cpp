@@ -20,10 +20,10 @@ constexpr int64_t BLOCK_SIZE = 32768;   // elements of a block, about
 constexpr int64_t MOST_ROW_PARTS = 64;  // where each has sums of [cols]
 
 const ActivationKernels& activation_table() {
-  switch (cpu_variant()) {
+  switch (cpu_vectors()) {
 #define FASTDL_CASE(variant) \
   case CpuVariant::variant: return variant::activation_kernels;
-    FASTDL_VARIANTS(FASTDL_CASE)
+    FASTDL_VECTORS(FASTDL_CASE)
 #undef FASTDL_CASE
     default: return scalar::activation_kernels;
   }

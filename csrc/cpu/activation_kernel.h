@@ -51,7 +51,7 @@ struct ActivationKernels {
 
 #define FASTDL_DECLARE(variant) \
   namespace variant { extern const ActivationKernels activation_kernels; }
-FASTDL_VARIANTS(FASTDL_DECLARE)
+FASTDL_VECTORS(FASTDL_DECLARE)
 #undef FASTDL_DECLARE
 
 }  // namespace fastdl

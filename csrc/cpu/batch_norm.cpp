@@ -16,10 +16,10 @@ namespace fastdl {
 namespace {
 
 const BatchNormKernels& batch_norm_table() {
-  switch (cpu_variant()) {
+  switch (cpu_vectors()) {
 #define FASTDL_CASE(variant) \
   case CpuVariant::variant: return variant::batch_norm_kernels;
-    FASTDL_VARIANTS(FASTDL_CASE)
+    FASTDL_VECTORS(FASTDL_CASE)
 #undef FASTDL_CASE
     default: return scalar::batch_norm_kernels;
   }

@@ -40,7 +40,7 @@ constexpr int64_t BATCH_NORM_SHORT = 32;  // positions below which a channel is 
 
 #define FASTDL_DECLARE(variant) \
   namespace variant { extern const BatchNormKernels batch_norm_kernels; }
-FASTDL_VARIANTS(FASTDL_DECLARE)
+FASTDL_VECTORS(FASTDL_DECLARE)
 #undef FASTDL_DECLARE
 
 }  // namespace fastdl

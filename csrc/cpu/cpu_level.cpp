@@ -142,6 +142,15 @@ CpuVariant cpu_variant() {
   return static_cast<CpuVariant>(variant);
 }
 
+CpuVariant cpu_vectors() {
+  switch (const CpuVariant variant = cpu_variant()) {
+    case CpuVariant::avx2_vnni: return CpuVariant::avx2;
+    case CpuVariant::amx:
+    case CpuVariant::amx_twin: return CpuVariant::avx512_bf16;
+    default: return variant;
+  }
+}
+
 }  // namespace fastdl
 
 extern "C" FASTDL_EXPORT const char* fastdl_cpu_level() {

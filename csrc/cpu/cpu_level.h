@@ -5,13 +5,18 @@
 #pragma once
 
 // Every variant that was compiled. FASTDL_VARIANTS(X) expands X(name) for each; a room declares its kernels with it.
-// FASTDL_FEW_LEVELS: one of each kind of instructions is enough under the sanitizers, and compiles in half the time.
+// FASTDL_VECTORS(X): those that differ in their vectors; kernels that use neither integer dot products nor tiles are
+// compiled for these alone. FASTDL_FEW_LEVELS: one of each kind of instructions is enough under the sanitizers.
+// CMakeLists.txt has the same lists.
 #if defined(__x86_64__) && defined(FASTDL_FEW_LEVELS)
-#define FASTDL_VARIANTS(X) X(scalar) X(avx2) X(avx512_bf16) X(amx_twin)
+#define FASTDL_VARIANTS(X) FASTDL_VECTORS(X) X(amx_twin)
+#define FASTDL_VECTORS(X) X(scalar) X(avx2) X(avx512_bf16)
 #elif defined(__x86_64__)
-#define FASTDL_VARIANTS(X) X(scalar) X(avx2) X(avx2_vnni) X(avx512) X(avx512_bf16) X(amx) X(amx_twin)
+#define FASTDL_VARIANTS(X) FASTDL_VECTORS(X) X(avx2_vnni) X(amx) X(amx_twin)
+#define FASTDL_VECTORS(X) X(scalar) X(avx2) X(avx512) X(avx512_bf16)
 #else
-#define FASTDL_VARIANTS(X) X(scalar)
+#define FASTDL_VARIANTS(X) FASTDL_VECTORS(X)
+#define FASTDL_VECTORS(X) X(scalar)
 #endif
 
 namespace fastdl {
@@ -21,6 +26,8 @@ enum class CpuVariant { scalar, avx2, avx2_vnni, avx512, avx512_bf16, amx, amx_t
 
 // The widest variant that this CPU, this system and the cap allow. Cheap: one atomic load.
 CpuVariant cpu_variant();
+// The widest of FASTDL_VECTORS that is not above it.
+CpuVariant cpu_vectors();
 
 }  // namespace fastdl
 

@@ -15,10 +15,10 @@ namespace fastdl {
 namespace {
 
 const GroupNormKernels& group_norm_table() {
-  switch (cpu_variant()) {
+  switch (cpu_vectors()) {
 #define FASTDL_CASE(variant) \
   case CpuVariant::variant: return variant::group_norm_kernels;
-    FASTDL_VARIANTS(FASTDL_CASE)
+    FASTDL_VECTORS(FASTDL_CASE)
 #undef FASTDL_CASE
     default: return scalar::group_norm_kernels;
   }

@@ -48,7 +48,7 @@ inline int64_t group_norm_scratch(int64_t width, int64_t spatial) {
 
 #define FASTDL_DECLARE(variant) \
   namespace variant { extern const GroupNormKernels group_norm_kernels; }
-FASTDL_VARIANTS(FASTDL_DECLARE)
+FASTDL_VECTORS(FASTDL_DECLARE)
 #undef FASTDL_DECLARE
 
 }  // namespace fastdl

@@ -27,7 +27,7 @@ struct GruKernels {
   extern const GruKernels gru_kernels;                 \
   void gru_backward(const GruBackwardArgs&, int, int); \
   }
-FASTDL_VARIANTS(FASTDL_DECLARE)
+FASTDL_VECTORS(FASTDL_DECLARE)
 #undef FASTDL_DECLARE
 
 }  // namespace fastdl

@@ -22,10 +22,10 @@ constexpr int64_t PIECES = 16;        // what few blocks are cut into
 constexpr int64_t LEAST_STEPS = 256;  // of a chunk
 
 const LinearScanKernels& linear_scan_table() {
-  switch (cpu_variant()) {
+  switch (cpu_vectors()) {
 #define FASTDL_CASE(variant) \
   case CpuVariant::variant: return variant::linear_scan_kernels;
-    FASTDL_VARIANTS(FASTDL_CASE)
+    FASTDL_VECTORS(FASTDL_CASE)
 #undef FASTDL_CASE
     default: return scalar::linear_scan_kernels;
   }

@@ -47,7 +47,7 @@ struct LinearScanKernels {
 
 #define FASTDL_DECLARE(variant) \
   namespace variant { extern const LinearScanKernels linear_scan_kernels; }
-FASTDL_VARIANTS(FASTDL_DECLARE)
+FASTDL_VECTORS(FASTDL_DECLARE)
 #undef FASTDL_DECLARE
 
 }  // namespace fastdl

@@ -49,7 +49,7 @@ struct LstmKernels {
   extern const LstmKernels lstm_kernels;                 \
   void lstm_backward(const LstmBackwardArgs&, int, int); \
   }
-FASTDL_VARIANTS(FASTDL_DECLARE)
+FASTDL_VECTORS(FASTDL_DECLARE)
 #undef FASTDL_DECLARE
 
 }  // namespace fastdl

@@ -17,10 +17,10 @@ namespace {
 constexpr int64_t ALONE = 16 * 1024;  // elements; waking up a second thread costs more than so few take
 
 const NormKernels& norm_table() {
-  switch (cpu_variant()) {
+  switch (cpu_vectors()) {
 #define FASTDL_CASE(variant) \
   case CpuVariant::variant: return variant::norm_kernels;
-    FASTDL_VARIANTS(FASTDL_CASE)
+    FASTDL_VECTORS(FASTDL_CASE)
 #undef FASTDL_CASE
     default: return scalar::norm_kernels;
   }

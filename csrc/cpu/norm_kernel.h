@@ -52,7 +52,7 @@ struct NormKernels {
 
 #define FASTDL_DECLARE(variant) \
   namespace variant { extern const NormKernels norm_kernels; }
-FASTDL_VARIANTS(FASTDL_DECLARE)
+FASTDL_VECTORS(FASTDL_DECLARE)
 #undef FASTDL_DECLARE
 
 }  // namespace fastdl

@@ -201,6 +201,7 @@ struct RecurrentForwardCall {
     if (pack_hh) a.packed = pack_hh;
     std::fill(a.barriers, a.barriers + 2, Barrier());
     const RecurrentProduct& product = recurrent_product_table();
+    a.product = &product;
     Barrier packing;
     parallel_region(recurrent_team(a), [&](int thread, int team) {
       if (pack_hh)
@@ -254,6 +255,7 @@ struct RecurrentBackwardCall {
     a.packed = pack_hh;
     std::fill(a.barriers, a.barriers + 2, Barrier());
     const RecurrentProduct& product = recurrent_product_table();
+    a.product = &product;
     Barrier packing;
     parallel_region(recurrent_team(a), [&](int thread, int team) {
       pack_inputs(product, a, parameters.w_hh.const_data_ptr(), a.gates, a.hidden, a.wide, a.size, pack_hh,

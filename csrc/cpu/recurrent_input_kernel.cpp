@@ -22,7 +22,7 @@ void input_of(const RecurrentInputArgs& a, Range rows, Range panels, uint8_t* sc
   const bool pad = __is_same(T, BF16) && a.cols % 2;
   const int64_t wide = (a.cols + LANES - 1) / LANES * LANES, bytes = packed_panel_bytes(a.format, a.cols);
   const Element* const x = (const Element*)a.x;
-  const int64_t all = rows.end - rows.begin, most = recurrent_product.rows_at_once(a.format, all);
+  const int64_t all = rows.end - rows.begin, most = a.product->rows_at_once(a.format, all);
   const int64_t blocks = (all + most - 1) / most;
   alignas(64) float out[TILE_ROWS * 4 * PANEL_COLS];
   for (int64_t panel = panels.begin; panel < panels.end; panel += 4) {
@@ -41,7 +41,7 @@ void input_of(const RecurrentInputArgs& a, Range rows, Range panels, uint8_t* sc
         operand = scratch;
         lda = wide;
       }
-      recurrent_product.tile(a.format, operand, lda, some_panels, some, a.cols, count, out);
+      a.product->tile(a.format, operand, lda, some_panels, some, a.cols, count, out);
       for (int m = 0; m < count; ++m)
         for (int j = 0; j < some; ++j)
           each_part((panel + j), a.outputs, [&](int64_t i, int64_t n, int lane) FASTDL_STEP {

@@ -12,7 +12,8 @@ struct RecurrentInputArgs {
   const void* bias;       // [outputs], or null
   void* y;                // [rows][outputs]
   int64_t cols, stride, outputs;
-  int format;  // of x, bias, y
+  int format;                       // of x, bias, y
+  const RecurrentProduct* product;  // of the level
 };
 
 struct RecurrentInputKernels {
@@ -22,7 +23,7 @@ struct RecurrentInputKernels {
 
 #define FASTDL_DECLARE(variant) \
   namespace variant { extern const RecurrentInputKernels recurrent_input_kernels; }
-FASTDL_VARIANTS(FASTDL_DECLARE)
+FASTDL_VECTORS(FASTDL_DECLARE)
 #undef FASTDL_DECLARE
 
 }  // namespace fastdl

@@ -21,8 +21,9 @@ struct RecurrentArgs {
   uint64_t seed_h, seed_c;
   bool drawn;  // zoneout draws elements; else it takes the expectation
   float zoneout_h, eps;
-  const uint8_t* packed;  // w_hh in panels [D][gates or 1][panels]
-  Barrier* barriers;      // [2]
+  const uint8_t* packed;            // w_hh in panels [D][gates or 1][panels]
+  Barrier* barriers;                // [2]
+  const RecurrentProduct* product;  // of the level
 };
 
 // Forward: beside that

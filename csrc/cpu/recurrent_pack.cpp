@@ -37,10 +37,10 @@ Tensor recurrent_pack(const Tensor& weight, int64_t gates) {
 }
 
 const RecurrentInputKernels& recurrent_input_table() {
-  switch (cpu_variant()) {
+  switch (cpu_vectors()) {
 #define FASTDL_CASE(variant) \
   case CpuVariant::variant: return variant::recurrent_input_kernels;
-    FASTDL_VARIANTS(FASTDL_CASE)
+    FASTDL_VECTORS(FASTDL_CASE)
 #undef FASTDL_CASE
     default: return scalar::recurrent_input_kernels;
   }
@@ -67,6 +67,7 @@ Tensor recurrent_input(const Tensor& x, const Tensor& packed, const OptionalTens
   a.y = data_of(y);
   a.stride = rows.stride;
   a.outputs = outputs;
+  a.product = &recurrent_product_table();
   const int threads = rows.count * outputs * a.cols < 64 * 1024 ? 1 : thread_count();
   const int64_t bytes = padded((a.cols + 15) / 16 * 16 * 4 * 16);
   const Tensor scratch = allocate_bytes(threads * bytes);

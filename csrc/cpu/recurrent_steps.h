@@ -65,14 +65,14 @@ template <class T, class Emit>
 FASTDL_INLINE void each_row(const RecurrentArgs& a, int64_t t, const uint8_t* operand, int64_t stride,
                             const uint8_t* const* panels, int count, int64_t k, const Emit& emit) {
   alignas(64) float out[TILE_ROWS * 4 * PANEL_COLS];
-  const int64_t most = recurrent_product.rows_at_once(a.format, a.batch), blocks = (a.batch + most - 1) / most;
+  const int64_t most = a.product->rows_at_once(a.format, a.batch), blocks = (a.batch + most - 1) / most;
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t row0 = a.batch * b / blocks, row1 = a.batch * (b + 1) / blocks;
     bool any = !a.lengths;
     for (int64_t row = row0; row < row1 && !any; ++row) any = running(a, row, t);
     if (any)
-      recurrent_product.tile(a.format, operand + row0 * stride * Operand<T>::BYTES, stride, panels, count, k,
-                             (int)(row1 - row0), out);
+      a.product->tile(a.format, operand + row0 * stride * Operand<T>::BYTES, stride, panels, count, k,
+                      (int)(row1 - row0), out);
     for (int64_t row = row0; row < row1; ++row) emit(row, out + (row - row0) * count * PANEL_COLS);
   }
 }

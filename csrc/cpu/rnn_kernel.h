@@ -22,7 +22,7 @@ struct RnnKernels {
 
 #define FASTDL_DECLARE(variant) \
   namespace variant { extern const RnnKernels rnn_kernels; }
-FASTDL_VARIANTS(FASTDL_DECLARE)
+FASTDL_VECTORS(FASTDL_DECLARE)
 #undef FASTDL_DECLARE
 
 }  // namespace fastdl

@@ -19,10 +19,10 @@ constexpr int64_t ALONE =
     1024;  // channels, states and steps multiplied: fewer are done before a second thread wakes up
 
 const SelectiveScanKernels& selective_scan_table() {
-  switch (cpu_variant()) {
+  switch (cpu_vectors()) {
 #define FASTDL_CASE(variant) \
   case CpuVariant::variant: return variant::selective_scan_kernels;
-    FASTDL_VARIANTS(FASTDL_CASE)
+    FASTDL_VECTORS(FASTDL_CASE)
 #undef FASTDL_CASE
     default: return scalar::selective_scan_kernels;
   }

@@ -49,7 +49,7 @@ struct SelectiveScanKernels {
 
 #define FASTDL_DECLARE(variant) \
   namespace variant { extern const SelectiveScanKernels selective_scan_kernels; }
-FASTDL_VARIANTS(FASTDL_DECLARE)
+FASTDL_VECTORS(FASTDL_DECLARE)
 #undef FASTDL_DECLARE
 
 }  // namespace fastdl
