@@ -9,8 +9,8 @@ in (products of a may underflow, but nothing is divided, so it is correct); `ass
 torch._higher_order_ops run eagerly, depth O(log T). h = P cumsum(b / P) with P = cumprod(a), by logarithms or not,
 is no peer: P underflows after some hundred steps. With gradients, autograd differentiates them.
 
-The shape of the goal is 4096 steps of 512 channels; the second is a batch whose tensors fit in no cache. The share of
-the limit counts a, b and h once, and for the gradients grad, a, h, da and db too.
+The first shape is that of the goal in bench/goals.py, 4096 steps of 512 channels; the second is a batch whose tensors
+fit in no cache. The share of the limit counts a, b and h once, and for the gradients grad, a, h, da and db too.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bench import goals
 from bench.against_torch import DTYPES, compare, sides_of
 from fastdl import ops
 
-SHAPES = ((1, 4096, 512), (16, 1024, 1024))
+SHAPES = (*goals.scan_shapes("linear_scan"), (16, 1024, 1024))
 CHUNK = 64
 
 
@@ -73,6 +74,7 @@ def test_linear_scan(benchmark, recorder, threads, rounds, peer, gradients, shap
     theirs = PEERS[peer]
     sides, exact = sides_of(ops.linear_scan, theirs, (a, b), grad if gradients else None)
     moved = (8 if gradients else 3) * b.numel() * DTYPES[dtype].itemsize
-    facts = {"kind": f"{'gradients' if gradients else 'forward'}_over_{peer}", "dtype": dtype, "shape": list(shape)}
+    kind = goals.scan_kind("linear_scan", "gradients" if gradients else "forward", peer)
+    facts = {"kind": kind, "dtype": dtype, "shape": list(shape)}
     with torch.set_grad_enabled(gradients):
         compare(benchmark, recorder, rounds, "linear_scan", facts, sides, exact, moved)

@@ -14,10 +14,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bench import goals
 from bench.against_torch import DTYPES, compare, sides_of
 from fastdl import ops
 
-SHAPES = ((1, 512, 1536), (4, 256, 1536))
+SHAPES = (*goals.scan_shapes("selective_scan"), (4, 256, 1536))
 STATE = 16
 
 
@@ -56,6 +57,7 @@ def test_selective_scan(benchmark, recorder, threads, rounds, gradients, shape, 
     tensors = (x, delta, A, B, C, torch.ones(dim), z, bias)
     sides, exact = sides_of(ours, theirs, tensors, grad if gradients else None)
     moved = ((8 if gradients else 4) * x.numel() + (4 if gradients else 2) * B.numel()) * narrow.itemsize
-    facts = {"kind": "gradients" if gradients else "forward", "dtype": dtype, "shape": list(shape)}
+    kind = goals.scan_kind("selective_scan", "gradients" if gradients else "forward", "loop")
+    facts = {"kind": kind, "dtype": dtype, "shape": list(shape)}
     with torch.set_grad_enabled(gradients):
         compare(benchmark, recorder, rounds, "selective_scan", facts, sides, exact, moved)

@@ -13,6 +13,7 @@
 | LSTM: training step, T 35, batch 20, hidden 650, over torch | 1.2 | 2 |
 | LSTM with layer norm or zoneout: time over plain fastdl LSTM | at most 1.25 | at most 1.1 |
 | LSTM: memory of a training step over torch's | at most 1.1 | |
+| linear_scan, fp32, T 4096, 512 channels, forward and with gradients: over a Python loop; over torch's best | 3 | 8 |
 | on a GPU: LSTM forward, and with its backward, in bf16, over cuDNN | 1.2 | 2 |
 | on a GPU: norm forward; backward, add + norm: share of the copy bandwidth | 0.85; 0.70 | 0.92; 0.85 |
 | mean KL with bf16 and with fp32 activations | at most 2e-4, 1e-6 | |
@@ -96,10 +97,33 @@ RECURRENT: dict[tuple[str, str, tuple[int, int, int], str], Goal | None] = {
 }
 RECURRENT_GPU = Goal(1.2, 2.0)
 
+# Scans: (room, kind, (batch, time, channels), dtype, peers of which the fastest counts) -> what is promised. Both kinds
+# of linear_scan are held to its goal, over the Python loop and over the best formulation of torch alike.
+LINEAR_SCAN = Goal(3.0, 8.0)
+SCAN_KINDS = ("forward", "gradients")
+SCANS: dict[tuple[str, str, tuple[int, int, int], str, tuple[str, ...]], Goal | None] = {
+    **{
+        ("linear_scan", kind, (1, 4096, 512), "fp32", peers): LINEAR_SCAN
+        for peers in (("loop",), ("chunked", "associative_scan"))
+        for kind in SCAN_KINDS
+    },
+    **{("selective_scan", kind, (1, 512, 1536), "fp32", ("loop",)): None for kind in SCAN_KINDS},
+}
+
 
 def recurrent_cases(room: str, *kinds: str) -> list[tuple[str, tuple[int, int, int], str]]:
     """(kind, shape, dtype) of a room, for pytest.mark.parametrize."""
     return [case for name, *case in RECURRENT if name == room and case[0] in kinds]
+
+
+def scan_shapes(room: str) -> list[tuple[int, int, int]]:
+    """The shapes of a scan's rows, which its benchmark measures."""
+    return list(dict.fromkeys(case[2] for case in SCANS if case[0] == room))
+
+
+def scan_kind(room: str, kind: str, peer: str) -> str:
+    """What a scan's record of one peer calls its kind; selective_scan has the one peer and does not name it."""
+    return f"{kind}_over_{peer}" if room == "linear_scan" else kind
 
 
 def recurrent_peers(kind: str, shape: tuple[int, int, int], dtype: str) -> tuple[str, ...]:

@@ -5,6 +5,9 @@ Test: tests/test_bench_recurrent.py
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from bench import goals, hardware
 from bench.cells import LEVEL_NAMES, NOT_MEASURED, pick, rows, times
 from bench.goals import Goal
@@ -14,6 +17,9 @@ OPTION_NAMES = {"layer_norm": "with layer norm", "zoneout": "with zoneout"}
 MODES = {"options_inference": "inference", "options_training": "training step"}
 DTYPE_NAMES = {"fp32": "fp32", "bf16": "bf16 weights"}
 GPU_KINDS = {"forward": "forward", "forward_backward": "forward and backward"}
+SCAN_KIND_NAMES = {"forward": "forward", "gradients": "forward and gradients"}
+SCAN_CHANNELS = {"linear_scan": "channels", "selective_scan": "channels of 16 states"}
+SCAN_PEER_NAMES = {("loop",): "a Python loop", ("chunked", "associative_scan"): "the best torch formulation"}
 GPU_CASES = "batch 1 to 64, hidden 256 to 1024, T 100 to 512"
 
 
@@ -35,7 +41,7 @@ def verdict(goal: Goal | None, value: float) -> str:
 
 
 def recurrent_table(found: dict[str, list[dict]]) -> str:
-    """One row a promise of goals.RECURRENT (two for those of options), and the GPU's."""
+    """One row a promise of goals.RECURRENT (two for those of options) and of goals.SCANS, and the GPU's."""
     made = ["| recurrent layers | must | aim | measured | on |", "| --- | --- | --- | --- | --- |"]
     for (room, kind, shape, dtype), goal in goals.RECURRENT.items():
         if kind.startswith("options"):
@@ -52,7 +58,7 @@ def recurrent_table(found: dict[str, list[dict]]) -> str:
             over = f"the best of {' and '.join(peers)}" if len(peers) > 1 else peers[0]
             what = f"{room.upper()} inference, {case_name(shape)}, {DTYPE_NAMES[dtype]}, over {over}"
         made += level_rows(what, found, room, (kind, shape, dtype), goal)
-    return "\n".join(made + gpu_recurrent_rows(found))
+    return "\n".join(made + scan_rows(found) + gpu_recurrent_rows(found))
 
 
 def level_rows(
@@ -61,11 +67,19 @@ def level_rows(
     """One row for every level and machine that has measured it."""
     kind, shape, dtype = case
     contents = [content for content in found.get(room, []) if not content["hardware"].get("gpu")]
+
+    def cells_at(level: str) -> list[tuple[str, dict]]:
+        records = pick(contents, f"{level}/{kind}/{'x'.join(map(str, shape))}/{dtype}")
+        return [(cell(record, goal, option), machine) for record, machine in records]
+
+    return rows_of_levels(what, goal, cells_at)
+
+
+def rows_of_levels(what: str, goal: Goal | None, cells_at: Callable[[str], list[tuple[str, dict]]]) -> list[str]:
+    """The rows of the cells that every level has; one that says so when none has any."""
     made = []
     for level in (*hardware.LEVELS, "scalar"):
-        records = pick(contents, f"{level}/{kind}/{'x'.join(map(str, shape))}/{dtype}")
-        cells = [(cell(record, goal, option), machine) for record, machine in records]
-        if cells:
+        if cells := cells_at(level):
             made += rows(f"{what}, {LEVEL_NAMES[level]}", *bounds(goal), cells)
     return made or rows(what, *bounds(goal), [])
 
@@ -94,6 +108,45 @@ def share(side: dict) -> str:
     if side.get("share_of_read_limit", 0) > side["share_of_product_limit"]:
         return f"{side['share_of_read_limit']:.0%} of the cache's read limit"
     return f"{side['share_of_product_limit']:.0%} of the product limit"
+
+
+def scan_rows(found: dict[str, list[dict]]) -> list[str]:
+    """One row a case of goals.SCANS, level and machine."""
+    made = []
+    for case, goal in goals.SCANS.items():
+        room, kind, (batch, time, channels), dtype, peers = case
+        size = f"T {time}, " + (f"batch {batch}, " if batch > 1 else "") + f"{channels} {SCAN_CHANNELS[room]}"
+        what = f"{room} {SCAN_KIND_NAMES[kind]}, {size}, {dtype}, over {SCAN_PEER_NAMES[peers]}"
+        made += rows_of_levels(what, goal, partial(scan_cells, found, case, goal))
+    return made
+
+
+def scan_cells(found: dict[str, list[dict]], case: tuple, goal: Goal | None, level: str) -> list[tuple[str, dict]]:
+    """The cells of every machine that has measured one of the peers at that level."""
+    room, kind, shape, dtype, peers = case
+    cells = []
+    for content in found.get(room, []):
+        records = {}
+        for peer in peers:
+            key = f"{level}/{goals.scan_kind(room, kind, peer)}/{'x'.join(map(str, shape))}/{dtype}"
+            records[peer] = content["records"].get(key)
+        if any(records.values()):
+            cells.append((scan_cell(records, goal), content))
+    return cells
+
+
+def scan_cell(records: dict[str, dict | None], goal: Goal | None) -> str:
+    """'4.10 × (4.00 to 4.20) chunked, 31% of the read limit: must met'; the smallest of the ratios counts.
+
+    records: one for every peer, timed each with fastdl in turn; None where a peer was not measured
+    """
+    present = {peer: record for peer, record in records.items() if record}
+    best, record = min(present.items(), key=lambda item: item[1]["ratio"]["median"])
+    without = [peer for peer in records if peer not in present]
+    text = times(record["ratio"]) + (f" {best}" if len(records) > 1 else "")
+    text += f" (without {', '.join(without)})" if without else ""
+    read = record["sides"]["fastdl"]["share_of_read_limit"]
+    return f"{text}, {read:.0%} of the read limit" + verdict(goal, record["ratio"]["median"])
 
 
 def gpu_recurrent_rows(found: dict[str, list[dict]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The benchmarks of rooms lstm, gru and rnn: peers, checks, records, tables. None depends on speed."""
+"""The benchmarks of rooms lstm, gru, rnn and the scans: peers, checks, records, tables. None depends on speed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Recorder:
     """Keeps what a benchmark records."""
 
     threads = 1
-    limits = {"1": {"fma": 100.0, "bf16": 200.0, "torch_matmul_fp32": 90.0}}  # noqa: RUF012
+    limits = {"1": {"fma": 100.0, "bf16": 200.0, "torch_matmul_fp32": 90.0, "read_100MB": 50.0}}  # noqa: RUF012
 
     def __init__(self):
         self.records = {}
@@ -95,6 +95,7 @@ def test_every_kind_of_record_has_lines_a_row_and_a_plot(room, kind, dtype, reco
     batch = 1 if kind == "inference" else 3
     shape, case = (5, batch, 16), (room, kind, (5, batch, 16), dtype)
     monkeypatch.setattr(goals, "RECURRENT", {case: goals.Goal(1e-6, 1e6)})
+    monkeypatch.setattr(goals, "SCANS", {})
     monkeypatch.setattr(recurrent.fastdl.backend, "cpu_level", lambda: "avx512")
     if kind == "memory":
         one = {"median": 1.05, "min": 1.0, "max": 1.1, "rounds": 1}
@@ -148,7 +149,94 @@ def test_the_faster_peer_counts_and_one_that_is_missing_is_named():
 def test_table_says_what_is_not_measured():
     table = report.recurrent_table({})
     options = sum(kind.startswith("options") for _, kind, *_ in goals.RECURRENT)
-    assert table.count(report.NOT_MEASURED) == len(goals.RECURRENT) + options + 2
+    assert table.count(report.NOT_MEASURED) == len(goals.RECURRENT) + options + len(goals.SCANS) + 2
+
+
+RUN = {"when": "now", "commit": "c", "threads": 1, "versions": {}, "peers": {}, "limits": {}}
+SCAN_GOALS = [
+    ("linear_scan", kind, (1, 4096, 512), "fp32", peers)
+    for peers in (("loop",), ("chunked", "associative_scan"))
+    for kind in ("forward", "gradients")
+]
+
+
+@pytest.mark.parametrize(
+    ("value", "verdict"), [(2.9, "MISSED"), (3.0, "must met"), (7.9, "must met"), (8.0, "aim met")]
+)
+@pytest.mark.parametrize("case", SCAN_GOALS)
+def test_linear_scan_is_promised_over_both_peers_forward_and_with_gradients(case, value, verdict):
+    assert goals.SCANS[case].verdict(value) == verdict
+
+
+def scan_record(ratio: float, share: float = 0.5) -> dict:
+    one = {"median": ratio, "min": ratio, "max": ratio, "rounds": 1}
+    return {"level": "avx2", "ratio": one, "sides": {"fastdl": {"share_of_read_limit": share}}}
+
+
+def scan_table(folder: Path, records: dict[str, dict], room: str = "linear_scan") -> list[str]:
+    """The rows of linear_scan and selective_scan, with these records on file."""
+    results.save(results.path_for(folder, MACHINE, room), MACHINE, "r1", RUN, records)
+    table = report.recurrent_table(results.load_all(folder)).splitlines()
+    return [row for row in table if row.startswith(("| linear_scan", "| selective_scan"))]
+
+
+def test_the_best_torch_formulation_is_the_one_that_fastdl_beats_by_least(tmp_path):
+    records = {
+        "avx2/forward_over_loop/1x4096x512/fp32": scan_record(9.0),
+        "avx2/forward_over_chunked/1x4096x512/fp32": scan_record(4.0, 0.25),
+        "avx2/forward_over_associative_scan/1x4096x512/fp32": scan_record(5.0),
+        "avx2/gradients_over_chunked/1x4096x512/fp32": scan_record(3.5),
+        "avx2/gradients_over_associative_scan/1x4096x512/fp32": scan_record(2.5),
+        "avx2/gradients_over_loop/16x1024x1024/fp32": scan_record(9.0),  # not the goal's shape and dtype
+        "avx2/gradients_over_loop/1x4096x512/bf16": scan_record(9.0),
+    }
+    best, machine = "over the best torch formulation, AVX2", "Some CPU 7, 2 cores, AVX-512 |"
+    case = "T 4096, 512 channels, fp32"
+    assert scan_table(tmp_path, records)[:4] == [
+        f"| linear_scan forward, {case}, over a Python loop, AVX2 | 3.0 × | 8.0 × | "
+        f"9.00 × (9.00 to 9.00), 50% of the read limit: aim met | {machine}",
+        f"| linear_scan forward and gradients, {case}, over a Python loop | 3.0 × | 8.0 × | {report.NOT_MEASURED} | |",
+        f"| linear_scan forward, {case}, {best} | 3.0 × | 8.0 × | "
+        f"4.00 × (4.00 to 4.00) chunked, 25% of the read limit: must met | {machine}",
+        f"| linear_scan forward and gradients, {case}, {best} | 3.0 × | 8.0 × | "
+        f"2.50 × (2.50 to 2.50) associative_scan, 50% of the read limit: MISSED | {machine}",
+    ]
+
+
+def test_a_torch_formulation_that_was_not_measured_is_named(tmp_path):
+    rows = scan_table(tmp_path, {"avx512/forward_over_associative_scan/1x4096x512/fp32": scan_record(5.0)})
+    (row,) = (row for row in rows if report.NOT_MEASURED not in row)
+    assert "5.00 × (5.00 to 5.00) associative_scan (without chunked), 50% of the read limit: must met" in row
+
+
+@pytest.mark.parametrize("kind", goals.SCAN_KINDS)
+def test_what_the_scans_record_fills_their_rows(kind, recorder, tmp_path, monkeypatch):
+    """Every row that a benchmark's records fill, and no other, at a shape that takes no time."""
+    from bench import against_torch, bench_linear_scan, bench_selective_scan
+
+    monkeypatch.setattr(against_torch.fastdl.backend, "cpu_level", lambda: "avx512")
+    benches = {"linear_scan": bench_linear_scan, "selective_scan": bench_selective_scan}
+    small = {"linear_scan": (1, 128, 8), "selective_scan": (1, 6, 8)}
+    for room, bench in benches.items():
+        assert {shape for name, _, shape, *_ in goals.SCANS if name == room} <= set(bench.SHAPES)
+    assert {p for name, *_, peers in goals.SCANS if name == "linear_scan" for p in peers} == set(
+        bench_linear_scan.PEERS
+    )
+    cases = {(r, k, small[r], dtype, peers): goal for (r, k, _, dtype, peers), goal in goals.SCANS.items()}
+    monkeypatch.setattr(goals, "SCANS", cases)
+    gradients, given = kind == "gradients", (small["linear_scan"], "fp32")
+    for peer in bench_linear_scan.PEERS:
+        bench_linear_scan.test_linear_scan(None, recorder, 1, 1, peer, gradients, *given)
+    assert len(recorder.records) == len(bench_linear_scan.PEERS)  # none overwrites another
+    scan_table(tmp_path, recorder.records)
+    recorder.records.clear()
+    bench_selective_scan.test_selective_scan(None, recorder, 1, 1, gradients, small["selective_scan"], "fp32")
+    rows = scan_table(tmp_path, recorder.records, "selective_scan")
+    filled = [row for row in rows if report.NOT_MEASURED not in row]
+    name = {"forward": "forward, T", "gradients": "forward and gradients, T"}[kind]
+    assert len(rows) == len(cases) and len(filled) == 3 and all(name in row and "without" not in row for row in filled)
+    assert ": " in filled[0] and ": " in filled[1] and ": " not in filled[2]  # selective_scan has no goal
+    assert "linear_scan" in (text := report.details(results.load_all(tmp_path))) and "selective_scan" in text
 
 
 def test_a_wrong_side_is_not_timed(recorder):
