@@ -18,7 +18,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import lanes
 
-from fastdl import backend
+from fastdl import backend, emulator
 from fastdl.ops import ROOMS
 
 
@@ -45,6 +45,8 @@ def room_of(item) -> str | None:
 
 
 def pytest_configure(config):
+    if config.option.quick:
+        emulator.ORDERS = emulator.ORDERS[:1]
     lanes.only_levels += filter(None, config.option.levels.split(","))
 
 
@@ -79,6 +81,9 @@ def pytest_addoption(parser):
     group = parser.getgroup("fastdl")
     group.addoption("--room", choices=sorted(ROOMS), help="only tests of this room")
     group.addoption("--levels", default="", help="only these CPU levels, a comma list: scalar,avx2,...")
+    group.addoption(
+        "--quick", action="store_true", help="each test at one CPU level, levels taking turns; emulated in one order"
+    )
     group.addoption("--lane", choices=lanes.LANES, help="only tests of this lane; a room of it that ran none fails")
 
 
@@ -118,14 +123,31 @@ def pytest_sessionfinish(session):
         config.get_terminal_writer().line(f"\nFAILED {complaint}", red=True)
 
 
+def level_of(item) -> str | None:
+    """The CPU level that a test runs at; None for tests that run once."""
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    return params["lane"].level if "lane" in params else params.get("level")
+
+
+def one_level_each(items) -> set[str]:
+    """Of tests that differ in nothing but the level, the name of one; which one depends on the test's name."""
+    groups: dict[str, list[str]] = {}
+    for item in items:
+        if level := level_of(item):
+            groups.setdefault(item.nodeid.replace(level, "", 1), []).append(item.nodeid)
+    return {same[zlib.crc32(name.encode()) % len(same)] for name, same in groups.items()}
+
+
 def pytest_collection_modifyitems(config, items):
-    """Keeps what --room and --lane ask for, and marks what `make sanitize` runs: native code of all rooms, and the
-    emulator with the kernels that it runs."""
+    """Keeps what --room, --lane and --quick ask for, and marks what `make sanitize` runs: native code of all
+    rooms, and the emulator with the kernels that it runs."""
     wanted = (config.option.room, config.option.lane)
-    if any(wanted):
+    spread = one_level_each(items) if config.option.quick else None
+    if any(wanted) or spread is not None:
         kept, others = [], []
         for item in items:
             fits = all(w in (None, place) for w, place in zip(wanted, place_of(item), strict=True))
+            fits = fits and (spread is None or level_of(item) is None or item.nodeid in spread)
             (kept if fits else others).append(item)
         config.hook.pytest_deselected(items=others)
         items[:] = kept

@@ -21,6 +21,8 @@ class Results(Contract):
         every = all_options(self.family)
         sizes, index = ((3, 3, 3, 5) if lane.name in SLOW else (4, 3, 7, 18)), every.index(options)
         alone = len(options) in (0, 1, len(self.family.options))
+        if lane.name in SLOW and not alone and index % 3:
+            pytest.skip("every third pair without hardware")
         dtypes = lane.dtypes if alone and lane.name not in SLOW else [lane.dtypes[0]] if index % 2 else [some(lane, 1)]
         for dtype in dtypes:
             state = torch.float32 if index % 3 == 0 and dtype != torch.float32 else None

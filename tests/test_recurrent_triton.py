@@ -86,9 +86,10 @@ def in_double(arguments):
 
 
 def compare(function, reference, arguments, name):
-    """The rule, from memory full of NaN, and the same at a second run: (ours, the reference's)."""
+    """The rule, from memory full of NaN, and on a GPU the same at a second run: (ours, the reference's)."""
     with poisoned():
-        ours, again = function(*arguments), function(*arguments)
+        ours = function(*arguments)
+        again = function(*arguments) if DEVICE == "cuda" else ours
     exact, peer = reference(*in_double(arguments)), reference(*arguments)
     assert len(ours) == len(peer)
     for index, (a, b, e, p) in enumerate(zip(ours, again, exact, peer, strict=True)):
@@ -125,12 +126,16 @@ def check_room(room, sizes, options, dtype, *, seed=True, without=()) -> None:
 @pytest.mark.parametrize("sizes", SHAPES, ids=str)
 @pytest.mark.parametrize("room", ROOMS)
 def test_shapes(monkeypatch, room, sizes, way):
-    """Both directions and lengths: in float32, and all options in float16. A width that no kernel for whole sequences
-    holds goes step by step."""
+    """Both directions and lengths in float32; all options in float16, interpreted at every other shape. A width that
+    no kernel for whole sequences holds goes step by step."""
     ways = take(monkeypatch, room, way)
     check_room(room, sizes, ("two", "lengths"), torch.float32)
+    assert ways
+    del ways[:]
+    if DEVICE == "cpu" and SHAPES.index(sizes) % 2:
+        return
     check_room(room, sizes, options_of(room, way), torch.float16)
-    assert len(ways) == 10 and all((block is None) == (sizes[3] > 128) for block in ways[5:])
+    assert ways and all((block is None) == (sizes[3] > 128) for block in ways)
 
 
 @pytest.mark.parametrize("sizes", EMPTY, ids=str)
