@@ -1,7 +1,7 @@
 """Lane "triton compiled": the kernels of every room become cubins, without a GPU, by tools/triton_compile.py.
 
-A part of what `make triton-compile` does: the narrowest and the widest tile, for Hopper, and for the oldest and the newest
-architecture in turn. In a process of its own, because Triton is interpreted in this one.
+A part of what `make triton-compile` does: the narrowest and the widest tile, for Hopper, and in turn for the oldest
+and the newest architecture. In a process of its own, because Triton is interpreted in this one.
 """
 
 from __future__ import annotations
