@@ -113,7 +113,9 @@ class Case:
         if self.ln is not None and not outputs[0].shape[0]:
             u = outputs[0].new_empty(0, *self.arguments[0].shape[1:])
         elif self.ln is not None:
-            u = all_products(previous(outputs[0], self.h0, self.mask, self.lengths, self.w_hh.dtype), self.w_hh)
+            u = all_products(
+                previous(outputs[0], self.h0, self.mask, self.lengths, self.w_hh.dtype), self.w_hh, "torch"
+            )
         y, c0 = outputs[0], self.arguments[2]
         saved = {"lstm": [*outputs[3:], c0], "gru": [outputs[2], y, self.h0], "rnn": [outputs[2], self.h0]}[self.room]
         return [*self.given, *saved, self.w_hh, u, *self.shared]

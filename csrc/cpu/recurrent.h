@@ -126,6 +126,8 @@ inline void pack_inputs(const RecurrentProduct& kernels, const RecurrentArgs& a,
 }
 
 const RecurrentProduct& recurrent_product_table();
+struct RecurrentInputKernels;
+const RecurrentInputKernels& recurrent_input_table();
 
 // A float32 tensor of this shape: a copy of `from`, or zeros.
 inline Tensor copy_or_zeros(const Tensor& like, const OptionalTensor& from, const std::vector<int64_t>& shape) {

@@ -17,6 +17,16 @@ const RecurrentProduct& recurrent_product_table() {
   }
 }
 
+const RecurrentInputKernels& recurrent_input_table() {
+  switch (cpu_vectors()) {
+#define FASTDL_CASE(variant) \
+  case CpuVariant::variant: return variant::recurrent_input_kernels;
+    FASTDL_VECTORS(FASTDL_CASE)
+#undef FASTDL_CASE
+    default: return scalar::recurrent_input_kernels;
+  }
+}
+
 namespace {
 
 Tensor recurrent_pack(const Tensor& weight, int64_t gates) {
@@ -34,16 +44,6 @@ Tensor recurrent_pack(const Tensor& weight, int64_t gates) {
     pack_outputs(kernels, a, w.const_data_ptr(), rows, cols, data_of<uint8_t>(out), share);
   });
   return out;
-}
-
-const RecurrentInputKernels& recurrent_input_table() {
-  switch (cpu_vectors()) {
-#define FASTDL_CASE(variant) \
-  case CpuVariant::variant: return variant::recurrent_input_kernels;
-    FASTDL_VECTORS(FASTDL_CASE)
-#undef FASTDL_CASE
-    default: return scalar::recurrent_input_kernels;
-  }
 }
 
 Tensor recurrent_input(const Tensor& x, const Tensor& packed, const OptionalTensor& bias_, int64_t outputs) {

@@ -29,6 +29,8 @@ struct RecurrentProduct {
   // out[row][panel][16] = a[row] . panels[panel]; rows <= rows_at_once, count <= 4; lda in elements of the operand.
   void (*tile)(int format, const void* a, int64_t lda, const uint8_t* const* panels, int count, int64_t k, int rows,
                float* out);
+  // The same in float32 with rows that lie side by side: a[k][rows].
+  void (*interleaved)(const float* a, const uint8_t* const* panels, int count, int64_t k, int rows, float* out);
   // One panel from a matrix whose outputs are rows: row i is at from + i * stride, n <= 16 of them are there.
   void (*pack_rows)(int format, const void* from, int64_t stride, int64_t n, int64_t k, uint8_t* to);
   // One panel from a matrix whose outputs are columns: input i is at from + i * stride, n <= 16 outputs; `to` starts at

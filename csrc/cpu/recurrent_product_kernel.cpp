@@ -64,7 +64,8 @@ constexpr int MAX_ROWS = 3;  // 12 sums of 16 registers; weights are operands in
 constexpr int MAX_ROWS = 4;
 #endif
 
-template <class W, int M, int N>
+// INTERLEAVED: a[k][M] instead of a[M][lda].
+template <class W, int M, int N, bool INTERLEAVED>
 void tile(const typename W::Operand* a, int64_t lda, const uint8_t* const* panels, int64_t k, float* out) {
   for (int part = 0; part < PARTS; ++part) {
     const typename W::Packed* w[N];
@@ -75,38 +76,38 @@ void tile(const typename W::Operand* a, int64_t lda, const uint8_t* const* panel
     for (int64_t i = 0; i < k; i += W::STEP) {
       typename W::Vector v[N];
       for (int n = 0; n < N; ++n) v[n] = W::load(w[n] + i * PANEL_COLS);
-      for (int m = 0; m < M; ++m) W::add(acc[m], v, a + m * lda + i);
+      for (int m = 0; m < M; ++m) W::add(acc[m], v, INTERLEAVED ? a + i * M + m : a + m * lda + i);
     }
     for (int m = 0; m < M; ++m)
       for (int n = 0; n < N; ++n) vstore(out + (m * N + n) * PANEL_COLS + part * LANES, acc[m][n]);
   }
 }
 
-template <class W, int N>
+template <class W, int N, bool INTERLEAVED>
 void with_rows(const void* a_, int64_t lda, const uint8_t* const* panels, int64_t k, int rows, float* out) {
   const auto* a = (const typename W::Operand*)a_;
   switch (rows) {
-    case 1: return tile<W, 1, N>(a, lda, panels, k, out);
-    case 2: return tile<W, 2, N>(a, lda, panels, k, out);
-    case 3: return tile<W, 3, N>(a, lda, panels, k, out);
+    case 1: return tile<W, 1, N, INTERLEAVED>(a, lda, panels, k, out);
+    case 2: return tile<W, 2, N, INTERLEAVED>(a, lda, panels, k, out);
+    case 3: return tile<W, 3, N, INTERLEAVED>(a, lda, panels, k, out);
 #if !defined(__AVX2__) || defined(__AVX512F__)
-    case 4: return tile<W, 4, N>(a, lda, panels, k, out);
+    case 4: return tile<W, 4, N, INTERLEAVED>(a, lda, panels, k, out);
 #endif
 #if defined(__AVX512F__)
-    case 5: return tile<W, 5, N>(a, lda, panels, k, out);
-    case 6: return tile<W, 6, N>(a, lda, panels, k, out);
+    case 5: return tile<W, 5, N, INTERLEAVED>(a, lda, panels, k, out);
+    case 6: return tile<W, 6, N, INTERLEAVED>(a, lda, panels, k, out);
 #endif
     default: __builtin_unreachable();
   }
 }
 
-template <class W>
+template <class W, bool INTERLEAVED = false>
 void with_panels(const void* a, int64_t lda, const uint8_t* const* panels, int count, int64_t k, int rows, float* out) {
   switch (count) {
-    case 1: return with_rows<W, 1>(a, lda, panels, k, rows, out);
-    case 2: return with_rows<W, 2>(a, lda, panels, k, rows, out);
-    case 3: return with_rows<W, 3>(a, lda, panels, k, rows, out);
-    case 4: return with_rows<W, 4>(a, lda, panels, k, rows, out);
+    case 1: return with_rows<W, 1, INTERLEAVED>(a, lda, panels, k, rows, out);
+    case 2: return with_rows<W, 2, INTERLEAVED>(a, lda, panels, k, rows, out);
+    case 3: return with_rows<W, 3, INTERLEAVED>(a, lda, panels, k, rows, out);
+    case 4: return with_rows<W, 4, INTERLEAVED>(a, lda, panels, k, rows, out);
     default: __builtin_unreachable();
   }
 }
@@ -183,6 +184,10 @@ void any_tile(int format, const void* a, int64_t lda, const uint8_t* const* pane
   with_panels<Float32Product>(a, lda, panels, count, k, rows, out);
 }
 
+void interleaved(const float* a, const uint8_t* const* panels, int count, int64_t k, int rows, float* out) {
+  with_panels<Float32Product, true>(a, 0, panels, count, k, rows, out);
+}
+
 // [16][16] of T::Element to float32, or bfloat16 as it is; what is not there is zero.
 constexpr int64_t SQUARE = 16;
 
@@ -252,7 +257,7 @@ void pack_cols(int format, const void* from, int64_t stride, int64_t n, int64_t 
 
 }  // namespace
 
-extern const RecurrentProduct recurrent_product = {any_tile, pack_rows, pack_cols, rows_at_once};
+extern const RecurrentProduct recurrent_product = {any_tile, interleaved, pack_rows, pack_cols, rows_at_once};
 
 }  // namespace FASTDL_LEVEL
 }  // namespace fastdl

@@ -1,7 +1,7 @@
 """What the contracts of lstm, gru and rnn share: checks, the products of all steps with the input, and the gradient of
 w_hh. Names and shapes: fastdl/reference/_recurrent.py.
 
-Products over all steps at once (with the input, and for the gradients of weights) are torch's; they are large. What
+Products over all steps at once (with the input, and for the gradients of weights) are in _recurrent_products.py. What
 happens step by step is the op.
 """
 
@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from .. import backend as backends
 from .._library import define, is_compiling, tracing, twin_of
 from ..reference.norm import compute_dtype
 from ._checks import check_dense, check_eps, check_number
+from ._recurrent_products import outer, product
 from .norm import layer_norm
 
 define("recurrent_pack(Tensor weight, int gates) -> Tensor")
@@ -179,11 +179,12 @@ def _input_products(
     steps, normalized a direction at a time where there is layer norm."""
     directions, rows, size = w_ih.shape
     shape = (*x.shape[:2], directions, rows)
+    twin = twin_of(backend, x.device)
     with torch.autocast(x.device.type, enabled=False):
         if ln_ih is None:
             flat = None if bias is None else bias.to(x.dtype).reshape(-1)
-            return functional.linear(x, w_ih.reshape(directions * rows, size), flat).view(shape)
-        plain = functional.linear(x, w_ih.reshape(directions * rows, size)).view(shape)
+            return product(x, w_ih.reshape(directions * rows, size), flat, twin).view(shape)
+        plain = product(x, w_ih.reshape(directions * rows, size), None, twin).view(shape)
         parts = [
             layer_norm(plain[:, :, d], ln_ih[d], None if bias is None else bias[d], eps=eps, backend=backend)
             for d in range(directions)
@@ -258,15 +259,15 @@ def previous(y: Tensor, h0: Tensor, h_mask: Tensor | None, lengths: Tensor | Non
     return (parts[0].unsqueeze(2) if len(parts) == 1 else torch.stack(parts, 2)).to(dtype)
 
 
-def all_products(h: Tensor, weight: Tensor) -> Tensor:
+def all_products(h: Tensor, weight: Tensor, twin: str) -> Tensor:
     """h [T, B, D, P], weight [D, N, P] -> [T, B, D, N]"""
-    parts = [h[:, :, d] @ weight[d].t() for d in range(h.shape[2])]
+    parts = [product(h[:, :, d], weight[d], None, twin) for d in range(h.shape[2])]
     return parts[0].unsqueeze(2) if len(parts) == 1 else torch.stack(parts, 2)
 
 
-def weight_gradient(du: Tensor, h: Tensor) -> Tensor:
+def weight_gradient(du: Tensor, h: Tensor, twin: str) -> Tensor:
     """Sum over steps and batch of du [T, B, D, N] times h [T, B, D, P] -> [D, N, P]"""
     rows = du.shape[0] * du.shape[1]
     a, b = du.reshape(rows, *du.shape[2:]), h.reshape(rows, *h.shape[2:])
-    parts = [a[:, d].t() @ b[:, d] for d in range(h.shape[2])]
+    parts = [outer(a[:, d], b[:, d], twin) for d in range(h.shape[2])]
     return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)

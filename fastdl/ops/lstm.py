@@ -110,7 +110,7 @@ def _backward(twin, ctx, dy, dh_n, dc_n, dgates, dcells):
     if ctx.needs_input_grad[3] or ln_weight is not None:
         h = previous(y, h0, h_mask, lengths, w_hh.dtype)
     if ln_weight is not None:
-        u = all_products(h, w_hh)
+        u = all_products(h, w_hh, twin)
     if dgates is not None or dcells is not None:
         twin = "torch"  # a double backward, which is the reference's in every back end
     da, du, dh0, dc0, dln, dpeephole, dln_c, dln_b, dm_out, m = BACKWARD[twin](
@@ -122,12 +122,12 @@ def _backward(twin, ctx, dy, dh_n, dc_n, dgates, dcells):
         da,
         dh0,
         dc0,
-        weight_gradient(da if ln_weight is None else du, h) if need[3] else None,
+        weight_gradient(da if ln_weight is None else du, h, twin) if need[3] else None,
         dln if need[4] else None,
         dpeephole if need[5] else None,
         dln_c if need[6] else None,
         dln_b if need[7] else None,
-        weight_gradient(dm_out, m) if need[8] else None,
+        weight_gradient(dm_out, m, twin) if need[8] else None,
         *[None] * 6,
     )
 

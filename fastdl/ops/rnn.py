@@ -88,7 +88,7 @@ def _backward(twin, ctx, dy, dh_n, dgates):
     need, h = ctx.needs_input_grad, None
     if need[2] or ln_weight is not None:
         h = previous(y, h0, h_mask, lengths, w_hh.dtype)
-    u = None if ln_weight is None else all_products(h, w_hh)
+    u = None if ln_weight is None else all_products(h, w_hh, twin)
     if dgates is not None:
         twin = "torch"  # a double backward, which is the reference's in every back end
     da, du, dh0, dln_weight = BACKWARD[twin](
@@ -97,7 +97,7 @@ def _backward(twin, ctx, dy, dh_n, dgates):
     return (
         da,
         dh0,
-        weight_gradient(da if ln_weight is None else du, h) if need[2] else None,
+        weight_gradient(da if ln_weight is None else du, h, twin) if need[2] else None,
         dln_weight if need[3] else None,
         *[None] * 6,
     )
