@@ -79,6 +79,7 @@ def test_results_that_depend_on_the_order_are_an_error(monkeypatch):
             self.order = order
 
     monkeypatch.setattr(emulator._State, "library", Library())
+    monkeypatch.setattr(emulator, "ORDERS", ("forward", "reverse", "shuffled"))
     steady = emulator._in_every_order(lambda x: (x, x + 1), "op")
     assert torch.equal(steady(torch.ones(2))[1], torch.full((2,), 2.0))
     racing = emulator._in_every_order(lambda x: x + (Library.order, emulator._State.library.order)[1], "op")

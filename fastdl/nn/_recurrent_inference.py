@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from .. import backend as backends
 from .._library import twin_of
-from ..ops._recurrent import _input_products, check_lengths, pack, packed_products
+from ..ops._recurrent import check_lengths, normalized, pack, packed_products
 from ..reference.norm import compute_dtype
 
 _kept: dict[int, Prepared] = {}  # id of a module -> what is prepared for it, as long as the module lives
@@ -74,8 +74,8 @@ def short_way(module, x: Tensor, hx, lengths: Tensor | None):
 
 @dataclass
 class _Layer:
-    """One layer: w_ih [D * G * H, I] and its bias for `_input_products`' plain case, else by direction with ln_ih; w_hh
-    [D, G * H, P], packed, and what the inference op takes between w_hh and h_mask."""
+    """One layer: w_ih [D * G * H, I] and its bias, by direction where there is ln_ih; w_hh [D, G * H, P],
+    packed, and what the inference op takes between w_hh and h_mask."""
 
     w_ih: Tensor
     bias: Tensor | None
@@ -88,13 +88,13 @@ class _Layer:
     def products(self, x: Tensor, eps: float, backend: str) -> Tensor:
         """x [T, B, I] -> gates_x [T, B, D, G * H]"""
         directions, rows, _ = self.w_hh.shape
-        if self.ln_ih is not None:
-            return _input_products(x, self.w_ih, self.bias, self.ln_ih, eps, backend)
+        bias = self.bias if self.ln_ih is None else None
         if self.packed_ih is not None:
-            gates_x = packed_products(x, self.packed_ih, self.bias, directions * rows)
+            gates_x = packed_products(x, self.packed_ih, bias, directions * rows)
         else:
-            gates_x = functional.linear(x, self.w_ih, self.bias)
-        return gates_x.view(x.shape[0], x.shape[1], directions, rows)
+            gates_x = functional.linear(x, self.w_ih, bias)
+        gates_x = gates_x.view(x.shape[0], x.shape[1], directions, rows)
+        return gates_x if self.ln_ih is None else normalized(gates_x, self.ln_ih, self.bias, eps, backend)
 
 
 class Prepared:
@@ -119,13 +119,12 @@ class Prepared:
         weights = {name: t.detach() for name, t in module._weights(layer).items()}
         bias, rest = module._inference_arguments(weights, self.dtype)
         w_ih, w_hh = weights["weight_ih"].to(self.dtype), weights["weight_hh"].to(self.dtype)
-        ln_ih = weights.get("weight_ln_ih")
+        ln_ih, w_ih = weights.get("weight_ln_ih"), w_ih.reshape(-1, w_ih.shape[-1])
         if ln_ih is None:
-            w_ih = w_ih.reshape(-1, w_ih.shape[-1])
             bias = None if bias is None else bias.to(self.dtype).reshape(-1)
         rest = tuple(t if t is None else t.to(self.dtype if name == "weight_hr" else self.wide) for name, t in rest)
         packed = pack(w_hh, module._gates) if self.native else None
-        packed_ih = pack(w_ih[None], 1) if self.native and ln_ih is None and w_ih.shape[1] else None
+        packed_ih = pack(w_ih[None], 1) if self.native and w_ih.shape[1] else None
         return _Layer(w_ih, bias, ln_ih, w_hh, rest, packed, packed_ih)
 
     def fits(self, module, dtype: torch.dtype) -> bool:

@@ -185,11 +185,16 @@ def _input_products(
             flat = None if bias is None else bias.to(x.dtype).reshape(-1)
             return product(x, w_ih.reshape(directions * rows, size), flat, twin).view(shape)
         plain = product(x, w_ih.reshape(directions * rows, size), None, twin).view(shape)
-        parts = [
-            layer_norm(plain[:, :, d], ln_ih[d], None if bias is None else bias[d], eps=eps, backend=backend)
-            for d in range(directions)
-        ]
-        return parts[0].unsqueeze(2) if directions == 1 else torch.stack(parts, 2)
+        return normalized(plain, ln_ih, bias, eps, backend)
+
+
+def normalized(plain: Tensor, ln_ih: Tensor, bias: Tensor | None, eps: float, backend: str) -> Tensor:
+    """plain [T, B, D, G * H], ln_ih and bias [D, G * H] -> gates_x: layer norm of every direction."""
+    parts = [
+        layer_norm(plain[:, :, d], ln_ih[d], None if bias is None else bias[d], eps=eps, backend=backend)
+        for d in range(plain.shape[2])
+    ]
+    return parts[0].unsqueeze(2) if len(parts) == 1 else torch.stack(parts, 2)
 
 
 # ---- Checks ---------------------------------------------------------------------------------------------------------
