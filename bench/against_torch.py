@@ -5,6 +5,7 @@ Used by the benchmarks of norms and activations, whose sides are calls that retu
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -16,6 +17,7 @@ from bench.timing import calls_for, paired_ratio, seconds_per_call, spread, take
 Side = Callable[[], Sequence[torch.Tensor]]
 ALLOWED = {"fp32": 1e-5, "bf16": 1e-2}  # relative error of fastdl, norm over norm
 PEER_ALLOWED = 0.1  # torch sums bf16 gradients of weight and bias in bf16: 5 % off with 4096 rows
+SETTLE = 0.02  # seconds before a turn, in which the threads of the side before stop waiting for more work
 TURNS = 5  # of a round: a turn takes some 30 ms, in which a neighbour's burst may hit one side alone
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -66,9 +68,16 @@ def check(sides: Mapping[str, Side], exact: Mapping[str, Sequence[torch.Tensor]]
 
 
 def play(sides: Mapping[str, Side], rounds: int, benchmark) -> dict[str, list[float]]:
-    """Seconds of a call of every side, in turn."""
+    """Seconds of a call of every side, in turn. A turn begins when other sides' threads are asleep, with a call that is
+    not counted."""
     calls = {name: calls_for(side) for name, side in sides.items()}
-    turns = {name: lambda side=side, n=calls[name]: seconds_per_call(side, n) for name, side in sides.items()}
+
+    def turn(side: Side, count: int) -> float:
+        time.sleep(SETTLE)
+        side()
+        return seconds_per_call(side, count)
+
+    turns = {name: lambda side=side, n=calls[name]: turn(side, n) for name, side in sides.items()}
     return take_turns(turns, rounds * TURNS, benchmark)
 
 

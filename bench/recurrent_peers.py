@@ -78,6 +78,8 @@ def onnxruntime_side(layer: nn.RNNBase, x: Tensor, threads: int) -> Side:
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
+    # Its threads spin for work inside a call, as by default, but not after it, in the time of the other sides.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         session = runtime.InferenceSession(onnx_model(layer, *x.shape[:2]), options, ["CPUExecutionProvider"])
     except RuntimeError as error:
