@@ -48,6 +48,10 @@ def pytest_configure(config):
     if config.option.quick:
         emulator.ORDERS = emulator.ORDERS[:1]
     lanes.only_levels += filter(None, config.option.levels.split(","))
+    if unknown := set(lanes.only_levels) - set(backend.LEVEL_CAPS):
+        raise pytest.UsageError(f"--levels: {sorted(unknown)}: expected some of {', '.join(backend.LEVEL_CAPS)}")
+    if lanes.only_levels and backend.native_loaded() and not lanes.level_caps():
+        raise pytest.UsageError(f"--levels {config.option.levels}: this CPU has none of them")
 
 
 def pytest_generate_tests(metafunc):
@@ -82,7 +86,7 @@ def pytest_addoption(parser):
     group.addoption("--room", choices=sorted(ROOMS), help="only tests of this room")
     group.addoption("--levels", default="", help="only these CPU levels, a comma list: scalar,avx2,...")
     group.addoption(
-        "--quick", action="store_true", help="each test at one CPU level, levels taking turns; emulated in one order"
+        "--quick", action="store_true", help="each test at one CPU level (which, says its name); emulated in one order"
     )
     group.addoption("--lane", choices=lanes.LANES, help="only tests of this lane; a room of it that ran none fails")
 
@@ -96,9 +100,9 @@ def pytest_runtest_makereport(item, call):
 
 
 def pytest_runtest_logreport(report):
-    for name, (room, lane) in report.user_properties if report.when == "call" else ():
-        if name == "room and lane" and room:
-            lanes.count(room, lane)
+    for name, value in report.user_properties if report.when == "call" else ():
+        if name == "room and lane" and value[0]:
+            lanes.count(*value)
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -49,6 +49,13 @@ class Results(Contract):
         for dtype in lane.dtypes if index < 2 else (some(lane, index),):
             self.family.compare(lane, sizes, ("bias", "state", "two") if index % 2 else ("bias",), dtype)
 
+    def test_many_rows(self, lane):
+        """Steps times sequences enough for the products over all steps that are ours on the CPU."""
+        if lane.name in SLOW:
+            pytest.skip("minutes without hardware")
+        for options in (("bias", "state", "two"), self.family.options):
+            self.family.compare(lane, (40, 5, 7, 9), options, torch.float32)
+
     @pytest.mark.parametrize("sizes", EMPTY, ids=str)
     def test_empty(self, lane, sizes):
         """No steps: the states pass through, and so do their gradients. No sequences: gradients of weights are 0."""

@@ -8,8 +8,18 @@ import torch
 from fastdl.ops._recurrent_products import OUTER, PRODUCT
 from fastdl.testing import check, poisoned
 
-# rows, inputs, outputs: one, odd, around a panel, a tile, a pass over rows and over depth
-SIZES = [(1, 1, 1), (5, 7, 17), (3, 33, 16), (7, 1, 97), (193, 40, 70), (20, 130, 200), (800, 9, 103), (1600, 5, 6)]
+# rows, inputs, outputs: one, odd, around a panel, a tile, a pass over rows and over depth, sums of sums
+SIZES = [
+    (1, 1, 1),
+    (5, 7, 17),
+    (3, 33, 16),
+    (7, 1, 97),
+    (193, 40, 70),
+    (20, 130, 200),
+    (800, 9, 103),
+    (1600, 5, 6),
+    (20, 2600, 33),
+]
 EMPTY = [(0, 4, 5), (3, 4, 0)]
 
 
@@ -97,3 +107,16 @@ def test_bad_arguments(native):
         torch.ops.fastdl.recurrent_product(x, w, torch.ones(4), False)
     with pytest.raises(RuntimeError, match="b: expected as many rows"):
         torch.ops.fastdl.recurrent_outer(x, w)
+
+
+@pytest.mark.parametrize("frozen", ["x", "w", "both"])
+def test_only_what_a_gradient_needs_is_kept(native, frozen):
+    x, w = torch.randn(3, 4, requires_grad=frozen == "w"), torch.randn(5, 4, requires_grad=frozen == "x")
+    bias = torch.randn(5, requires_grad=True)
+    y = PRODUCT["native"](x, w, bias, False)
+    with torch.no_grad():  # torch's own product does not mind either
+        if frozen in ("w", "both"):
+            x.mul_(2)
+        if frozen in ("x", "both"):
+            w.mul_(2)
+    assert torch.equal(torch.autograd.grad(y.sum(), bias)[0], torch.full((5,), 3.0))

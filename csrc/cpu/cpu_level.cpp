@@ -142,8 +142,8 @@ CpuVariant cpu_variant() {
   return static_cast<CpuVariant>(variant);
 }
 
-CpuVariant cpu_vectors() {
-  switch (const CpuVariant variant = cpu_variant()) {
+CpuVariant cpu_vectors(CpuVariant variant) {
+  switch (variant) {
     case CpuVariant::avx2_vnni: return CpuVariant::avx2;
     case CpuVariant::amx:
     case CpuVariant::amx_twin: return CpuVariant::avx512_bf16;

@@ -27,7 +27,7 @@ enum class CpuVariant { scalar, avx2, avx2_vnni, avx512, avx512_bf16, amx, amx_t
 // The widest variant that this CPU, this system and the cap allow. Cheap: one atomic load.
 CpuVariant cpu_variant();
 // The widest of FASTDL_VECTORS that is not above it.
-CpuVariant cpu_vectors();
+CpuVariant cpu_vectors(CpuVariant variant = cpu_variant());
 
 }  // namespace fastdl
 

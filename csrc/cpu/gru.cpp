@@ -9,8 +9,8 @@
 namespace fastdl {
 namespace {
 
-const GruKernels& gru_table() {
-  switch (cpu_vectors()) {
+const GruKernels& gru_table(CpuVariant variant) {
+  switch (cpu_vectors(variant)) {
 #define FASTDL_CASE(variant) \
   case CpuVariant::variant: return variant::gru_kernels;
     FASTDL_VECTORS(FASTDL_CASE)
@@ -27,7 +27,7 @@ RecurrentForwardCall run_forward(const RecurrentParameters& p, GruForwardArgs& a
   a.bias_n = data_of<float>(bias_n);
   RecurrentForwardCall call(a, p, gates_x, h0, packed, keep ? 4 : 0);
   call.arena.allocate();
-  call.run(a, gru_table().forward, [](int, int) {});
+  call.run(a, gru_table(call.variant).forward, [](int, int) {});
   return call;
 }
 
@@ -76,7 +76,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gru_backward(
   a.h0 = static_cast<const float*>(h0.const_data_ptr());
   a.dbias_n = data_of<float>(dbias_n);
   call.arena.allocate();
-  call.run(a, gru_table().backward, [](int, int) {});
+  call.run(a, gru_table(call.variant).backward, [](int, int) {});
   return {call.da, call.du, call.dh0, dbias_n, call.dln_weight};
 }
 

@@ -9,8 +9,8 @@
 namespace fastdl {
 namespace {
 
-const LstmKernels& lstm_table() {
-  switch (cpu_vectors()) {
+const LstmKernels& lstm_table(CpuVariant variant) {
+  switch (cpu_vectors(variant)) {
 #define FASTDL_CASE(variant) \
   case CpuVariant::variant: return variant::lstm_kernels;
     FASTDL_VECTORS(FASTDL_CASE)
@@ -78,9 +78,9 @@ ForwardOutputs run_forward(const Tensor& gates_x, const Tensor& h0, const Tensor
   }
   call.arena.allocate();
   a.packed_hr = pack_hr;
-  call.run(a, lstm_table().forward, [&](int thread, int team) {
+  call.run(a, lstm_table(call.variant).forward, [&](int thread, int team) {
     if (w_hr)
-      pack_outputs(recurrent_product_table(), a, data_of<>(p.w_hr), a.size, H, pack_hr,
+      pack_outputs(recurrent_product_table(call.variant), a, data_of<>(p.w_hr), a.size, H, pack_hr,
                    range(D * panels_of(a.size), thread, team));
   });
   return out;
@@ -155,9 +155,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   }
   call.arena.allocate();
   a.packed_hr = pack_hr;
-  call.run(a, lstm_table().backward, [&](int thread, int team) {
+  call.run(a, lstm_table(call.variant).backward, [&](int thread, int team) {
     if (w_hr)
-      pack_inputs(recurrent_product_table(), a, data_of<>(p.w_hr), 1, P, a.wide_p, H, pack_hr,
+      pack_inputs(recurrent_product_table(call.variant), a, data_of<>(p.w_hr), 1, P, a.wide_p, H, pack_hr,
                   range(D * panels_of(H), thread, team));
   });
   return {call.da, call.du, call.dh0, dc0, call.dln_weight, dpeephole, dln_c, dln_b, dm_out, m};

@@ -125,9 +125,10 @@ inline void pack_inputs(const RecurrentProduct& kernels, const RecurrentArgs& a,
   }
 }
 
-const RecurrentProduct& recurrent_product_table();
+// Kernels that work together are looked up for one variant: another thread may set a cap meanwhile.
+const RecurrentProduct& recurrent_product_table(CpuVariant variant);
 struct RecurrentInputKernels;
-const RecurrentInputKernels& recurrent_input_table();
+const RecurrentInputKernels& recurrent_input_table(CpuVariant variant);
 
 // A float32 tensor of this shape: a copy of `from`, or zeros.
 inline Tensor copy_or_zeros(const Tensor& like, const OptionalTensor& from, const std::vector<int64_t>& shape) {
@@ -167,6 +168,7 @@ struct RecurrentForwardCall {
   const RecurrentParameters& parameters;
   uint8_t* pack_hh = nullptr;
   Arena arena;
+  const CpuVariant variant = cpu_variant();
 
   RecurrentForwardCall(RecurrentForwardArgs& a, const RecurrentParameters& p, const Tensor& gates_x_, const Tensor& h0_,
                        const OptionalTensor& packed, int64_t saved)
@@ -202,7 +204,7 @@ struct RecurrentForwardCall {
   void run(Args& a, const Kernel& kernel, const More& more) {
     if (pack_hh) a.packed = pack_hh;
     std::fill(a.barriers, a.barriers + 2, Barrier());
-    const RecurrentProduct& product = recurrent_product_table();
+    const RecurrentProduct& product = recurrent_product_table(variant);
     a.product = &product;
     Barrier packing;
     parallel_region(recurrent_team(a), [&](int thread, int team) {
@@ -223,6 +225,7 @@ struct RecurrentBackwardCall {
   const RecurrentParameters& parameters;
   uint8_t* pack_hh = nullptr;
   Arena arena;
+  const CpuVariant variant = cpu_variant();
 
   RecurrentBackwardCall(RecurrentBackwardArgs& a, const RecurrentParameters& p, const Tensor& gates_,
                         const OptionalTensor& dy_, const OptionalTensor& dh_n_, const OptionalTensor& u_, bool has_du)
@@ -256,7 +259,7 @@ struct RecurrentBackwardCall {
   void run(Args& a, const Kernel& kernel, const More& more) {
     a.packed = pack_hh;
     std::fill(a.barriers, a.barriers + 2, Barrier());
-    const RecurrentProduct& product = recurrent_product_table();
+    const RecurrentProduct& product = recurrent_product_table(variant);
     a.product = &product;
     Barrier packing;
     parallel_region(recurrent_team(a), [&](int thread, int team) {

@@ -41,7 +41,7 @@ void input_of(const RecurrentInputArgs& a, Range rows, Range panels, uint8_t* sc
         operand = scratch;
         lda = wide;
       }
-      a.product->tile(a.format, operand, lda, some_panels, some, a.cols, count, out);
+      deep_tile<T>(*a.product, a.format, operand, lda, some_panels, some, a.cols, count, out);
       for (int m = 0; m < count; ++m)
         for (int j = 0; j < some; ++j)
           each_part((panel + j), a.outputs, [&](int64_t i, int64_t n, int lane) FASTDL_STEP {

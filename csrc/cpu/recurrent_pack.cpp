@@ -7,8 +7,8 @@
 
 namespace fastdl {
 
-const RecurrentProduct& recurrent_product_table() {
-  switch (cpu_variant()) {
+const RecurrentProduct& recurrent_product_table(CpuVariant variant) {
+  switch (variant) {
 #define FASTDL_CASE(variant) \
   case CpuVariant::variant: return variant::recurrent_product;
     FASTDL_VARIANTS(FASTDL_CASE)
@@ -17,8 +17,8 @@ const RecurrentProduct& recurrent_product_table() {
   }
 }
 
-const RecurrentInputKernels& recurrent_input_table() {
-  switch (cpu_vectors()) {
+const RecurrentInputKernels& recurrent_input_table(CpuVariant variant) {
+  switch (cpu_vectors(variant)) {
 #define FASTDL_CASE(variant) \
   case CpuVariant::variant: return variant::recurrent_input_kernels;
     FASTDL_VECTORS(FASTDL_CASE)
@@ -38,7 +38,7 @@ Tensor recurrent_pack(const Tensor& weight, int64_t gates) {
   a.format = float_format(w, "weight: expected float32, float16 or bfloat16");
   const int64_t rows = w.size(1) / gates, cols = w.size(2), bytes = packed_bytes(a, gates, rows, cols);
   const Tensor out = new_tensor(w, {bytes}, ScalarType::Byte);
-  const RecurrentProduct& kernels = recurrent_product_table();
+  const RecurrentProduct& kernels = recurrent_product_table(cpu_variant());
   parallel_region(bytes < 256 * 1024 ? 1 : thread_count(), [&](int thread, int team) {
     const Range share = range(a.directions * gates * panels_of(rows), thread, team);
     pack_outputs(kernels, a, w.const_data_ptr(), rows, cols, data_of<uint8_t>(out), share);
@@ -67,7 +67,9 @@ Tensor recurrent_input(const Tensor& x, const Tensor& packed, const OptionalTens
   a.y = data_of(y);
   a.stride = rows.stride;
   a.outputs = outputs;
-  a.product = &recurrent_product_table();
+  const CpuVariant variant = cpu_variant();
+  a.product = &recurrent_product_table(variant);
+  const RecurrentInputKernels& kernels = recurrent_input_table(variant);
   const int threads = rows.count * outputs * a.cols < 64 * 1024 ? 1 : thread_count();
   const int64_t bytes = padded((a.cols + 15) / 16 * 16 * 4 * 16);
   const Tensor scratch = allocate_bytes(threads * bytes);
@@ -77,7 +79,7 @@ Tensor recurrent_input(const Tensor& x, const Tensor& packed, const OptionalTens
     const bool by_panel = panels >= 4 * team || rows.count < 16 * team;
     const Range mine = by_panel ? Range{0, rows.count} : range(rows.count, thread, team);
     const Range columns = by_panel ? range(panels, thread, team) : Range{0, panels};
-    recurrent_input_table().input(a, mine, columns, first_byte(scratch) + thread * bytes);
+    kernels.input(a, mine, columns, first_byte(scratch) + thread * bytes);
   });
   return y;
 }

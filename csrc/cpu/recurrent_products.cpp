@@ -12,8 +12,8 @@ namespace {
 
 constexpr int64_t ALONE = 64 * 1024;  // multiply-adds that are over before a second thread has begun
 
-const RecurrentOuterKernels& recurrent_outer_table() {
-  switch (cpu_vectors()) {
+const RecurrentOuterKernels& recurrent_outer_table(CpuVariant variant) {
+  switch (cpu_vectors(variant)) {
 #define FASTDL_CASE(variant) \
   case CpuVariant::variant: return variant::recurrent_outer_kernels;
     FASTDL_VECTORS(FASTDL_CASE)
@@ -43,16 +43,16 @@ Tensor recurrent_product(const Tensor& x, const Tensor& w_, const OptionalTensor
   if (y.numel() == 0) return y;
   const int64_t panels = panels_of(a.outputs), panel_bytes = packed_panel_bytes(FORMAT_F32, a.cols);
   const int threads = rows.count * a.outputs * a.cols < ALONE ? 1 : thread_count();
-  const int64_t scratch = padded((a.cols + 15) / 16 * 16 * 4 * 16);
-  const Tensor memory = allocate_bytes(panels * panel_bytes + threads * scratch);
+  const Tensor memory = allocate_bytes(panels * panel_bytes);
   uint8_t* const packed = first_byte(memory);
   a.x = rows.tensor.const_data_ptr();
   a.packed = packed;
   a.bias = data_of<>(bias);
   a.y = data_of(y);
   a.stride = rows.stride;
-  a.product = &recurrent_product_table();
-  const RecurrentInputKernels& kernels = recurrent_input_table();
+  const CpuVariant variant = cpu_variant();
+  a.product = &recurrent_product_table(variant);
+  const RecurrentInputKernels& kernels = recurrent_input_table(variant);
   const auto* const from = static_cast<const float*>(w.const_data_ptr());
   Barrier packing;
   parallel_region(threads, [&](int thread, int team) {
@@ -66,7 +66,11 @@ Tensor recurrent_product(const Tensor& x, const Tensor& w_, const OptionalTensor
         a.product->pack_rows(FORMAT_F32, from + first * a.cols, a.cols, n, a.cols, to);
     }
     packing.wait(team);
-    kernels.input(a, Range{0, rows.count}, mine, packed + panels * panel_bytes + thread * scratch);
+    // By outputs, as they were packed; by rows where there are few outputs. Rows of float32 need no scratch.
+    if (panels >= 4 * team)
+      kernels.input(a, Range{0, rows.count}, mine, nullptr);
+    else
+      kernels.input(a, range(rows.count, thread, team), Range{0, panels}, nullptr);
   });
   return y;
 }
@@ -88,8 +92,9 @@ Tensor recurrent_outer(const Tensor& a_, const Tensor& b_) {
   const Tensor c = new_tensor(a_, {a.rows, a.cols}, ScalarType::Float);
   if (c.numel() == 0) return c;
   a.c = data_of<float>(c);
-  a.product = &recurrent_product_table();
-  const RecurrentOuterKernels& kernels = recurrent_outer_table();
+  const CpuVariant variant = cpu_variant();
+  a.product = &recurrent_product_table(variant);
+  const RecurrentOuterKernels& kernels = recurrent_outer_table(variant);
   const int64_t most = a.product->rows_at_once(FORMAT_F32, OUTER_ROWS), tiles = (a.rows + most - 1) / most;
   const int64_t panels = panels_of(a.cols), depth = std::min(a.depth, OUTER_DEPTH);
   const int64_t panel_bytes = padded(panels * packed_panel_bytes(FORMAT_F32, depth));

@@ -10,6 +10,8 @@ namespace FASTDL_LEVEL {
 namespace {
 
 constexpr int TILE_ROWS = 16;  // at most as many as any level's product takes at once
+constexpr int64_t DEPTH =
+    512;  // products that one sum takes in order; longer ones are sums of such sums, which round less
 
 // n of LANES elements (all where n >= LANES).
 template <class T>
@@ -59,6 +61,22 @@ FASTDL_INLINE vf zoned(bool drawn, uint64_t seed, float p, int64_t at, vf before
   return p == 0.0f ? now : vfma(zone(drawn, seed, p, at), vsub(before, now), now);
 }
 
+// RecurrentProduct::tile for any k; a: the level's operand.
+template <class T>
+FASTDL_INLINE void deep_tile(const RecurrentProduct& product, int format, const void* a, int64_t lda,
+                             const uint8_t* const* panels, int count, int64_t k, int rows, float* out) {
+  product.tile(format, a, lda, panels, count, k < DEPTH ? k : DEPTH, rows, out);
+  for (int64_t k0 = DEPTH; k0 < k; k0 += DEPTH) {
+    alignas(64) float more[TILE_ROWS * 4 * PANEL_COLS];
+    const uint8_t* later[4];
+    for (int j = 0; j < count; ++j) later[j] = panels[j] + k0 * PANEL_COLS * (format == FORMAT_BF16 ? 2 : 4);
+    product.tile(format, (const uint8_t*)a + k0 * Operand<T>::BYTES, lda, later, count, k - k0 < DEPTH ? k - k0 : DEPTH,
+                 rows, more);
+    for (int64_t i = 0; i < rows * count * PANEL_COLS; i += LANES)
+      vstore(out + i, vadd(vload(out + i), vload(more + i)));
+  }
+}
+
 // emit(row, out) for every row with out[count][16] = operand row . panels. Rows in even blocks; blocks in which no
 // sequence runs at time t are left out.
 template <class T, class Emit>
@@ -71,8 +89,8 @@ FASTDL_INLINE void each_row(const RecurrentArgs& a, int64_t t, const uint8_t* op
     bool any = !a.lengths;
     for (int64_t row = row0; row < row1 && !any; ++row) any = running(a, row, t);
     if (any)
-      a.product->tile(a.format, operand + row0 * stride * Operand<T>::BYTES, stride, panels, count, k,
-                      (int)(row1 - row0), out);
+      deep_tile<T>(*a.product, a.format, operand + row0 * stride * Operand<T>::BYTES, stride, panels, count, k,
+                   (int)(row1 - row0), out);
     for (int64_t row = row0; row < row1; ++row) emit(row, out + (row - row0) * count * PANEL_COLS);
   }
 }

@@ -9,8 +9,8 @@
 namespace fastdl {
 namespace {
 
-const RnnKernels& rnn_table() {
-  switch (cpu_vectors()) {
+const RnnKernels& rnn_table(CpuVariant variant) {
+  switch (cpu_vectors(variant)) {
 #define FASTDL_CASE(variant) \
   case CpuVariant::variant: return variant::rnn_kernels;
     FASTDL_VECTORS(FASTDL_CASE)
@@ -24,7 +24,7 @@ RecurrentForwardCall run_forward(const RecurrentParameters& p, RnnForwardArgs& a
   a.relu = relu;
   RecurrentForwardCall call(a, p, gates_x, h0, packed, keep ? 1 : 0);
   call.arena.allocate();
-  call.run(a, rnn_table().forward, [](int, int) {});
+  call.run(a, rnn_table(call.variant).forward, [](int, int) {});
   return call;
 }
 
@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rnn_backward(const OptionalTensor& dy
   a.relu = relu;
   RecurrentBackwardCall call(a, p, gates, dy, dh_n, u, ln_weight.has_value());
   call.arena.allocate();
-  call.run(a, rnn_table().backward, [](int, int) {});
+  call.run(a, rnn_table(call.variant).backward, [](int, int) {});
   return {call.da, call.du, call.dh0, call.dln_weight};
 }
 

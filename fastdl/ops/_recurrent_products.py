@@ -3,9 +3,9 @@
     product(x, w, bias)      y = x w^T + bias
     outer(a, b)              c = a^T b, summed over the rows
 
-In float32 on the back end cpu they are ops of ours (csrc/cpu/recurrent_products.cpp), whose speed does not depend on
-which of the matrices is transposed; elsewhere they are torch's. The derivatives of each are products of the same two,
-so they can be differentiated any number of times.
+In float32 on the back end cpu they are, from MANY rows on, ops of ours (csrc/cpu/recurrent_products.cpp), whose speed
+does not depend on which of the matrices is transposed; elsewhere they are torch's. The derivatives of each are products
+of the same two, so they can be differentiated any number of times.
 
 Test: ``pytest tests/test_recurrent_products.py``
 """
@@ -39,7 +39,8 @@ OUTER = Op(  # a [R, N], b [R, P] -> [N, P]
 
 def _setup_product(ctx, inputs, output):
     x, w, _, ctx.transposed = inputs
-    ctx.save_for_backward(x, w)
+    need = ctx.needs_input_grad
+    ctx.save_for_backward(x if need[1] else None, w if need[0] else None)
 
 
 def _product_backward(twin, ctx, grad):
@@ -53,7 +54,8 @@ def _product_backward(twin, ctx, grad):
 
 
 def _setup_outer(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+    (a, b), need = inputs, ctx.needs_input_grad
+    ctx.save_for_backward(a if need[1] else None, b if need[0] else None)
 
 
 def _outer_backward(twin, ctx, grad):
