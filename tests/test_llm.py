@@ -57,8 +57,11 @@ def test_divergence(lm, exact, activation, monkeypatch):
     monkeypatch.setattr(lm, "activation", activation)
     logits = lm.logits(ids)
     assert divergence(expected, logits) <= LIMITS[activation]
-    if activation == "fp32":
-        assert torch.equal(logits.argmax(-1), expected.argmax(-1))
+    if activation == "fp32":  # the same token first, but where two are nearly equal: either's rounding decides there
+        first, second = expected.topk(2, -1).values.unbind(-1)
+        clear = first - second > 0.02
+        assert clear.float().mean() > 0.98
+        assert torch.equal(logits.argmax(-1)[clear], expected.argmax(-1)[clear])
 
 
 @pytest.mark.parametrize("cap", ["avx2", "avx2-plain", "avx512-plain"])
