@@ -56,16 +56,21 @@ class Results(Contract):
         sizes, every = (6, 33, 7, 9), self.family.options
         for options in (("bias", "state", "two"), tuple(option for option in every if option != "layer_norm")):
             self.family.compare(lane, sizes, options, torch.float32)
+        # Layer norm makes large errors of small ones, as chance has it: held to the reference's error, norm over norm.
         made = self.family.make(sizes, every, torch.float32, lane.device)
-        leaves, found = [t for t in made.values() if t.requires_grad], []
-        for backend in (lane.backend, "torch"):
-            outputs = self.family.ours(made, every, backend)(*made.values())
+        exact = {
+            name: t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t
+            for name, t in made.items()
+        }
+        found = []
+        for given, backend in ((exact, "torch"), (made, "torch"), (made, lane.backend)):
+            outputs = self.family.ours(given, every, backend)(*given.values())
+            leaves = [t for t in given.values() if t.requires_grad]
             grads = torch.autograd.grad(outputs, leaves, [torch.ones_like(y) for y in outputs])
             found.append((*outputs, *grads))
-        for a, b in zip(
-            *found, strict=True
-        ):  # layer norm makes large errors of small ones: no other product is that far off
-            assert float((a - b).norm()) <= 1e-3 * float(b.norm())
+        for right, reference, mine in zip(*found, strict=True):
+            limit = 2 * float((reference - right).norm()) + 4 * torch.finfo(torch.float32).eps * float(right.norm())
+            assert float((mine - right).norm()) <= limit
 
     @pytest.mark.parametrize("sizes", EMPTY, ids=str)
     def test_empty(self, lane, sizes):

@@ -10,8 +10,8 @@ namespace FASTDL_LEVEL {
 namespace {
 
 constexpr int TILE_ROWS = 16;  // at most as many as any level's product takes at once
-constexpr int64_t DEPTH =
-    512;  // products that one sum takes in order; longer ones are sums of such sums, which round less
+// Products that one sum takes in order; longer ones are sums of such sums, which round less.
+constexpr int64_t DEPTH = 512;
 
 // n of LANES elements (all where n >= LANES).
 template <class T>
