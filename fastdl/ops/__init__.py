@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .activation import activation, geglu, swiglu
+from .additive_attention import additive_attention
 from .attention import attention
 from .batch_norm import batch_norm
 from .decoder_block import DecoderLayer, DecoderStack, decoder_blocks
@@ -49,6 +50,9 @@ ROOMS: dict[str, Room] = {
     "selective_scan": Room(("selective_scan",), ("cpu", "cuda", "triton"), ("Mamba",)),
     "rope": Room(("rope", "rope_table")),
     "attention": Room(("attention",)),
+    "additive_attention": Room(
+        ("additive_attention",), ("cpu", "cuda", "triton"), ("AdditiveAttention", "PointerAttention")
+    ),
     "activation": Room(("activation", "swiglu", "geglu"), ("cpu", "cuda", "triton"), ("Activation", "GatedMLP")),
 }
 
@@ -58,6 +62,7 @@ __all__ = [
     "DecoderStack",
     "Room",
     "activation",
+    "additive_attention",
     "attention",
     "auto_activation",
     "batch_norm",

@@ -1,0 +1,179 @@
+// Additive attention backward for one level: all queries of a sequence against one chunk of keys.
+//
+//   ds_ij = p_ij (grad_i . v_j - grad_i . out_i)       pointer: grad_ij - p_ij sum_j grad_ij
+//   dv_j += p_ij grad_i,  dq_i += ds_ij (1 - t^2),  dk_j += ds_ij (1 - t^2),  dw += ds_ij t;  dq and dk times w at the end
+//
+// Method: as in the forward, a tile of keys stays while queries pass; tanh of one query and the tile is computed once,
+// for the scores, and kept in the first-level cache for the derivative, so that forward and backward take two tanh an
+// element. Lanes are hidden units: nothing is summed across lanes but scores. With tanh = 1 - 2r the kept number is r and
+// (1 - t^2) / 4 = r - r^2: after the score's operations an element costs 4 multiply-adds, of which 3 are the gradients'
+// own. Sums run over a tile, then over a block of queries or a chunk of keys, then over all.
+//
+// Test: pytest tests/test_additive_attention.py
+#include "cpu/additive_tile.h"
+
+namespace fastdl {
+namespace FASTDL_LEVEL {
+namespace {
+
+constexpr int GROUP = 4;  // keys whose derivatives are added up in one pass over the hidden units
+
+// (1 - t^2) / 4 from what the scores kept.
+template <Way WAY>
+FASTDL_INLINE vf slope(vf kept) {
+  if constexpr (WAY == Way::RATIO) return vfma(vsub(vset1(0.0f), kept), kept, kept);
+  const vf quarter = vset1(0.25f);
+  return vfma(vsub(vset1(0.0f), vmul(kept, quarter)), kept, quarter);
+}
+
+// dq, dw [padded] and dk of the active keys; ds [ADDITIVE_TILE] by place in the tile.
+template <Way WAY>
+void derivative(const Tile& t, const Active& active, const float* ds, float* dq, float* dk, float* dw) {
+  for (int64_t c = 0; c < active.count; c += GROUP) {
+    const float* kept[GROUP];
+    float* mine[GROUP];
+    vf factor[GROUP];
+    float total = 0.0f;
+    for (int64_t j = 0; j < GROUP; ++j) {
+      const int64_t at = active.at[c + j < active.count ? c + j : c];
+      const float value = c + j < active.count ? ds[at] : 0.0f;
+      kept[j] = t.tanh + at * t.padded;
+      mine[j] = dk + at * t.padded;
+      factor[j] = vset1(value);
+      total += value;
+    }
+    for (int64_t h = 0; h < t.padded; h += LANES) {
+      vf q = vload(dq + h), w = vset1(0.0f);
+#pragma GCC unroll 4
+      for (int j = 0; j < GROUP; ++j) {
+        const vf x = vload(kept[j] + h), g = slope<WAY>(x);
+        q = vfma(factor[j], g, q);
+        w = vfma(factor[j], x, w);
+        vstore(mine[j] + h, vfma(factor[j], g, vload(mine[j] + h)));
+      }
+      vstore(dq + h, q);
+      const vf before = vload(dw + h);
+      vstore(dw + h, WAY == Way::RATIO ? vfma(vset1(-2.0f), w, vadd(before, vset1(total))) : vadd(before, w));
+    }
+  }
+}
+
+// grad_i . v_j for the active keys, by place in the tile.
+void products(const Tile& t, const Active& active, const float* grad, float* dp) {
+  for (int64_t c = 0; c < active.count; c += 4) {
+    int64_t at[4];
+    float found[4];
+    vf sums[4];
+    for (int64_t j = 0; j < 4; ++j) {
+      at[j] = active.at[c + j < active.count ? c + j : c];
+      sums[j] = vset1(0.0f);
+    }
+    for (int64_t d = 0; d < t.padded_v; d += LANES) {
+      const vf g = vload(grad + d);
+      for (int j = 0; j < 4; ++j) sums[j] = vfma(g, vload(t.v + at[j] * t.padded_v + d), sums[j]);
+    }
+    vsum4(sums[0], sums[1], sums[2], sums[3], found);
+    for (int j = 0; j < 4; ++j) dp[at[j]] = found[j];
+  }
+}
+
+// grad as float32 and what is subtracted from dp: grad_i . out_i, of the pointer the sum of grad_i over the keys it sees.
+template <class T>
+void prepare_rows(const AdditiveArgs& a, int64_t n, int64_t i0, int64_t i1, float* rows) {
+  const int64_t padded = additive_padded(a.d_v);
+  for (int64_t i = i0; i < i1; ++i) {
+    float* const row = rows + (i - i0) * (padded + 16);
+    vf sum = vset1(0.0f);
+    if (a.v) {
+      copy_row<T>((const typename T::Element*)a.grad + n * a.grad_batch + i * a.grad_row, a.d_v, row);
+      const auto* const out = (const typename T::Element*)a.out + (n * a.queries + i) * a.d_v;
+      for_each(a.d_v, [&](int64_t d, const auto& part)
+                          FASTDL_STEP { sum = vfma(vload(row + d), part.template load<T>(out + d), sum); });
+      row[padded] = vsum(sum);
+      continue;
+    }
+    const float* const grad = (const float*)a.grad + n * a.grad_batch + i * a.grad_row;
+    float parts[LANES] = {};
+    for (int64_t j0 = 0; j0 < a.keys; j0 += ADDITIVE_TILE) {
+      const Active active(a, n, i, j0, a.keys - j0 < ADDITIVE_TILE ? a.keys - j0 : ADDITIVE_TILE);
+      for (int64_t c = 0; c < active.count; ++c) parts[active.at[c] % LANES] += grad[j0 + active.at[c]];
+    }
+    row[padded] = vsum(vload(parts));
+  }
+}
+
+template <class T>
+void backward(const AdditiveArgs& a, const AdditivePiece& piece, float* queries, float* work,
+              const AdditiveBackward& b) {
+  Tile tile(a, work);
+  float* const dw = tile.v + ADDITIVE_TILE * tile.padded_v;  // of a tile and a block of queries
+  const int64_t keys_here = piece.j1 - piece.j0, padded_v = tile.padded_v;
+  for (int64_t at = 0; at < a.queries * tile.padded; at += LANES) vstore(b.dq + at, vset1(0.0f));
+  for (int64_t at = 0; at < keys_here * tile.padded; at += LANES) vstore(b.dk + at, vset1(0.0f));
+  if (b.dv)
+    for (int64_t at = 0; at < keys_here * padded_v; at += LANES) vstore(b.dv + at, vset1(0.0f));
+  for (int64_t at = 0; at < tile.padded; at += LANES) vstore(b.dw + at, vset1(0.0f));
+  for (int64_t i0 = 0; i0 < a.queries; i0 += ADDITIVE_QUERIES) {
+    const int64_t i1 = a.queries - i0 < ADDITIVE_QUERIES ? a.queries : i0 + ADDITIVE_QUERIES;
+    prepare_queries<T>(a, piece.n, i0, i1, queries);
+    prepare_rows<T>(a, piece.n, i0, i1, b.rows);
+    for (int64_t j0 = piece.j0; j0 < piece.j1; j0 += ADDITIVE_TILE) {
+      const int64_t keys = piece.j1 - j0 < ADDITIVE_TILE ? piece.j1 - j0 : ADDITIVE_TILE;
+      float* const dk = b.dk + (j0 - piece.j0) * tile.padded;
+      float* const dv = b.dv ? b.dv + (j0 - piece.j0) * padded_v : nullptr;
+      bool ready = false;
+      for (int64_t i = i0; i < i1; ++i) {
+        const float lse = a.lse[piece.n * a.queries + i];
+        if (lse == MINUS_INFINITY) continue;
+        const Active active(a, piece.n, i, j0, keys);
+        if (active.count == 0) continue;
+        if (!ready) {
+          tile.prepare<T>(a, piece.n, j0, j0 + keys);
+          for (int64_t at = 0; at < tile.padded; at += LANES) vstore(dw + at, vset1(0.0f));
+          ready = true;
+        }
+        const float* const row = b.rows + (i - i0) * (padded_v + 16);
+        float scores[16], p[16], ds[16] = {};
+        const Way way = score<true>(a, query_of(queries, i - i0, tile.padded), tile, active, scores);
+        decays(scores, lse, p);
+        if (a.v) {
+          products(tile, active, row, ds);
+          for (int64_t c = 0; c < active.count; ++c) {
+            const int64_t j = active.at[c];
+            ds[j] = p[j] * (ds[j] - row[padded_v]);
+            float* const to = dv + j * padded_v;
+            const vf factor = vset1(p[j]);
+            for (int64_t d = 0; d < padded_v; d += LANES) vstore(to + d, vfma(factor, vload(row + d), vload(to + d)));
+          }
+        } else {
+          const float* const grad = (const float*)a.grad + piece.n * a.grad_batch + i * a.grad_row + j0;
+          for (int64_t c = 0; c < active.count; ++c) {
+            const int64_t j = active.at[c];
+            ds[j] = grad[j] - p[j] * row[padded_v];
+          }
+        }
+        float* const dq = b.dq + i * tile.padded;
+        switch (way) {
+          case Way::RATIO: derivative<Way::RATIO>(tile, active, ds, dq, dk, dw); break;
+          case Way::SMALL: derivative<Way::SMALL>(tile, active, ds, dq, dk, dw); break;
+          case Way::WIDE: derivative<Way::WIDE>(tile, active, ds, dq, dk, dw); break;
+        }
+      }
+      if (ready)
+        for (int64_t at = 0; at < tile.padded; at += LANES) vstore(b.dw + at, vadd(vload(b.dw + at), vload(dw + at)));
+    }
+  }
+}
+
+void backward_any(const AdditiveArgs& a, const AdditivePiece& piece, float* queries, float* work,
+                  const AdditiveBackward& b) {
+  dispatch(a.format, [&](auto type) { backward<decltype(type)>(a, piece, queries, work, b); });
+}
+
+}  // namespace
+
+extern const AdditiveBackwardKernels additive_attention_backward_kernels;
+const AdditiveBackwardKernels additive_attention_backward_kernels = {backward_any};
+
+}  // namespace FASTDL_LEVEL
+}  // namespace fastdl
