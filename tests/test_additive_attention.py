@@ -358,12 +358,12 @@ def test_opcheck(lane, name):
     lens = None if lens is None else lens.int()
     forward, backward = lanes.op_of(FORWARD, lane), lanes.op_of(BACKWARD, lane)
     torch.library.opcheck(forward, (q.clone().requires_grad_(), k, v, w, mask, lens))
-    out, lse = forward(q, k, v, w, mask, lens)
-    torch.library.opcheck(backward, (out, q, k, v, w, mask, lens, out, lse))
+    out, statistics = forward(q, k, v, w, mask, lens)
+    torch.library.opcheck(backward, (out, q, k, v, w, mask, lens, out, statistics))
     forward, backward = lanes.op_of(POINTER, lane), lanes.op_of(POINTER_BACKWARD, lane)
     torch.library.opcheck(forward, (q, k.clone().requires_grad_(), w, mask, lens))
-    logp, lse = forward(q, k, w, mask, lens)
-    torch.library.opcheck(backward, (logp.nan_to_num(neginf=0.0), q, k, w, mask, lens, lse))
+    logp, statistics = forward(q, k, w, mask, lens)
+    torch.library.opcheck(backward, (logp.nan_to_num(neginf=0.0), q, k, w, mask, lens, statistics))
 
 
 def test_compile(lane):

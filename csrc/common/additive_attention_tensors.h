@@ -8,7 +8,7 @@
 
 namespace fastdl {
 
-using AdditiveOutputs = std::tuple<Tensor, Tensor>;                    // out or log-probabilities, lse
+using AdditiveOutputs = std::tuple<Tensor, Tensor>;                    // out or log-probabilities, statistics
 using AdditiveGradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // dq, dk, dv, dw
 using AdditivePointerGradients = std::tuple<Tensor, Tensor, Tensor>;   // dq, dk, dw
 
@@ -67,14 +67,14 @@ struct AdditiveTensors {
     set_lens(q_, lens);
   }
 
-  // What the forward saved: out (null for the pointer) and lse.
-  void check_saved(const Tensor& q_, const Tensor* out, const Tensor& lse) const {
+  // What the forward saved: out (null for the pointer) and statistics.
+  void check_saved(const Tensor& q_, const Tensor* out, const Tensor& statistics) const {
     check(!out || (out->dim() == 3 && out->size(0) == batch && out->size(1) == queries && out->size(2) == d_v &&
                    like(q_, *out)),
           "out: expected [batch, queries, d_v] in the dtype and on the device of q");
-    check(lse.scalar_type() == ScalarType::Float && lse.dim() == 2 && lse.size(0) == batch && lse.size(1) == queries &&
-              same_device(lse, q_),
-          "lse: expected float32 [batch, queries] on the device of q");
+    check(statistics.scalar_type() == ScalarType::Float && statistics.dim() == 3 && statistics.size(0) == 2 &&
+              statistics.size(1) == batch && statistics.size(2) == queries && same_device(statistics, q_),
+          "statistics: expected float32 [2, batch, queries] on the device of q");
   }
 
   void check_pointer_grad(const Tensor& q_, const Tensor& grad) const {

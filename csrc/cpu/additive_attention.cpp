@@ -165,10 +165,11 @@ void for_blocks(const AdditiveTensors& t, const AdditiveArgs& a, const AdditiveK
   }
 }
 
-void write_lse(const AdditivePiece& p, const AdditiveState& s, int64_t queries, float* lse) {
+// statistics [2][batch][queries] of the rows of a block.
+void write_statistics(const AdditiveTensors& t, const AdditivePiece& p, const AdditiveState& s, float* statistics) {
   for (int64_t i = p.i0; i < p.i1; ++i) {
-    const float most = s.largest[i - p.i0];
-    lse[p.n * queries + i] = most == NOTHING ? NOTHING : most + std::log(s.sum[i - p.i0]);
+    statistics[p.n * t.queries + i] = s.largest[i - p.i0];
+    statistics[(t.batch + p.n) * t.queries + i] = s.sum[i - p.i0];
   }
 }
 
@@ -176,41 +177,41 @@ AdditiveOutputs additive_attention_forward(const Tensor& q, const Tensor& k, con
                                            const OptionalTensor& mask, const OptionalTensor& valid_lens) {
   const AdditiveTensors t(q, k, v, w, mask, valid_lens);
   Tensor out = new_tensor(q, {t.batch, t.queries, t.d_v}, q.scalar_type());
-  Tensor lse = float_tensor(q, {t.batch, t.queries});
-  if (t.empty()) return {out, lse};
+  Tensor statistics = float_tensor(q, {2, t.batch, t.queries});
+  if (t.empty()) return {out, statistics};
   const AdditiveKernels& kernels = *additive_table().forward;
   Floats weights(2 * additive_padded(t.hidden));
   const AdditiveArgs a = arguments(t, q, weights.next, kernels);
   auto* const out_data = static_cast<uint8_t*>(out.mutable_data_ptr());
-  float* const lse_data = static_cast<float*>(lse.mutable_data_ptr());
+  float* const statistics_data = static_cast<float*>(statistics.mutable_data_ptr());
   const int64_t row = t.d_v * (a.format == FORMAT_F32 ? 4 : 2);
   for_blocks(t, a, kernels, nullptr, [&](const AdditivePiece& p, const AdditiveState& s) {
     kernels.finish(p.i1 - p.i0, t.d_v, s, a.format, out_data + (p.n * t.queries + p.i0) * row);
-    write_lse(p, s, t.queries, lse_data);
+    write_statistics(t, p, s, statistics_data);
   });
-  return {out, lse};
+  return {out, statistics};
 }
 
 AdditiveOutputs additive_pointer_forward(const Tensor& q, const Tensor& k, const Tensor& w, const OptionalTensor& mask,
                                          const OptionalTensor& valid_lens) {
   const AdditiveTensors t(q, k, std::nullopt, w, mask, valid_lens);
   Tensor logp = float_tensor(q, {t.batch, t.queries, t.keys});
-  Tensor lse = float_tensor(q, {t.batch, t.queries});
-  if (t.empty()) return {logp, lse};
+  Tensor statistics = float_tensor(q, {2, t.batch, t.queries});
+  if (t.empty()) return {logp, statistics};
   const AdditiveKernels& kernels = *additive_table().forward;
   Floats weights(2 * additive_padded(t.hidden));
   const AdditiveArgs a = arguments(t, q, weights.next, kernels);
-  float *const scores = static_cast<float*>(logp.mutable_data_ptr()), *const lse_data =
-                                                                          static_cast<float*>(lse.mutable_data_ptr());
+  float* const scores = static_cast<float*>(logp.mutable_data_ptr());
+  float* const statistics_data = static_cast<float*>(statistics.mutable_data_ptr());
   for_blocks(t, a, kernels, scores, [&](const AdditivePiece& p, const AdditiveState& s) {
-    write_lse(p, s, t.queries, lse_data);
+    write_statistics(t, p, s, statistics_data);
     for (int64_t i = p.n * t.queries + p.i0; i < p.n * t.queries + p.i1; ++i) {
-      if (lse_data[i] == NOTHING) continue;
-      for (int64_t j = 0; j < t.keys; ++j)
-        if (scores[i * t.keys + j] != NOTHING) scores[i * t.keys + j] -= lse_data[i];
+      const float sum = statistics_data[t.batch * t.queries + i], lse = statistics_data[i] + std::log(sum);
+      if (sum == 0.0f) continue;
+      for (int64_t j = 0; j < t.keys; ++j) scores[i * t.keys + j] -= lse;
     }
   });
-  return {logp, lse};
+  return {logp, statistics};
 }
 
 struct Gradients {
@@ -282,37 +283,40 @@ Gradients backward(const AdditiveTensors& t, const AdditiveArgs& a, const Tensor
 
 AdditiveGradients additive_attention_backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v,
                                               const Tensor& w, const OptionalTensor& mask,
-                                              const OptionalTensor& valid_lens, const Tensor& out, const Tensor& lse) {
+                                              const OptionalTensor& valid_lens, const Tensor& out,
+                                              const Tensor& statistics) {
   const AdditiveTensors t(q, k, v, w, mask, valid_lens);
   check_like(out, grad, "grad: expected shape, dtype and device of out");
-  t.check_saved(q, &out, lse);
+  t.check_saved(q, &out, statistics);
   Floats weights(2 * additive_padded(t.hidden));
   AdditiveArgs a = arguments(t, q, weights.next, *additive_table().forward);
   const BatchedRows rows(grad);
-  const Tensor whole_out = as_contiguous(out), whole_lse = as_contiguous(lse);
+  const Tensor whole_out = as_contiguous(out), whole = as_contiguous(statistics);
   a.grad = rows.data();
   a.grad_batch = rows.batch;
   a.grad_row = rows.row;
   a.out = whole_out.const_data_ptr();
-  a.lse = static_cast<const float*>(whole_lse.const_data_ptr());
+  a.largest = static_cast<const float*>(whole.const_data_ptr());
+  a.sum = a.largest + t.batch * t.queries;
   const Gradients g = backward(t, a, q, k, v);
   return {g.dq, g.dk, g.dv, g.dw};
 }
 
 AdditivePointerGradients additive_pointer_backward(const Tensor& grad, const Tensor& q, const Tensor& k,
                                                    const Tensor& w, const OptionalTensor& mask,
-                                                   const OptionalTensor& valid_lens, const Tensor& lse) {
+                                                   const OptionalTensor& valid_lens, const Tensor& statistics) {
   const AdditiveTensors t(q, k, std::nullopt, w, mask, valid_lens);
-  t.check_saved(q, nullptr, lse);
+  t.check_saved(q, nullptr, statistics);
   t.check_pointer_grad(q, grad);
   Floats weights(2 * additive_padded(t.hidden));
   AdditiveArgs a = arguments(t, q, weights.next, *additive_table().forward);
   const BatchedRows rows(grad);
-  const Tensor whole_lse = as_contiguous(lse);
+  const Tensor whole = as_contiguous(statistics);
   a.grad = rows.data();
   a.grad_batch = rows.batch;
   a.grad_row = rows.row;
-  a.lse = static_cast<const float*>(whole_lse.const_data_ptr());
+  a.largest = static_cast<const float*>(whole.const_data_ptr());
+  a.sum = a.largest + t.batch * t.queries;
   const Gradients g = backward(t, a, q, k, std::nullopt);
   return {g.dq, g.dk, g.dw};
 }

@@ -123,8 +123,8 @@ void backward(const AdditiveArgs& a, const AdditivePiece& piece, float* queries,
       float* const dv = b.dv ? b.dv + (j0 - piece.j0) * padded_v : nullptr;
       bool ready = false;
       for (int64_t i = i0; i < i1; ++i) {
-        const float lse = a.lse[piece.n * a.queries + i];
-        if (lse == MINUS_INFINITY) continue;
+        const float most = a.largest[piece.n * a.queries + i], sum = a.sum[piece.n * a.queries + i];
+        if (sum == 0.0f) continue;
         const Active active(a, piece.n, i, j0, keys);
         if (active.count == 0) continue;
         if (!ready) {
@@ -135,7 +135,8 @@ void backward(const AdditiveArgs& a, const AdditivePiece& piece, float* queries,
         const float* const row = b.rows + (i - i0) * (padded_v + 16);
         float scores[16], p[16], ds[16] = {};
         const Way way = score<true>(a, query_of(queries, i - i0, tile.padded), tile, active, scores);
-        decays(scores, lse, p);
+        decays(scores, most, p);
+        for (int j = 0; j < 16; j += LANES) vstore(p + j, vdiv(vload(p + j), vset1(sum)));
         if (a.v) {
           products(tile, active, row, ds);
           for (int64_t c = 0; c < active.count; ++c) {

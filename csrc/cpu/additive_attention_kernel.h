@@ -16,13 +16,13 @@ static inline int64_t additive_padded(int64_t n) { return (n + 15) / 16 * 16; }
 
 // Strides are in elements; the last dimension lies side by side.
 struct AdditiveArgs {
-  const void *q, *k, *v;  // [batch][queries][hidden], [batch][keys][hidden], [batch][keys][d_v] (null: pointer)
-  const void* grad;       // backward: [batch][queries][d_v]; of the pointer [batch][queries][keys] float32
-  const void* out;        // backward: contiguous [batch][queries][d_v]; null: pointer
-  const float* lse;       // backward: contiguous [batch][queries]
-  const float* weights;   // [2][padded hidden]: w, then -2 w, zeros behind
-  const uint8_t* mask;    // [batch][queries][keys], or null
-  const int32_t* lens;    // [batch][queries], or null
+  const void *q, *k, *v;       // [batch][queries][hidden], [batch][keys][hidden], [batch][keys][d_v] (null: pointer)
+  const void* grad;            // backward: [batch][queries][d_v]; of the pointer [batch][queries][keys] float32
+  const void* out;             // backward: contiguous [batch][queries][d_v]; null: pointer
+  const float *largest, *sum;  // backward: the statistics, contiguous [batch][queries] each
+  const float* weights;        // [2][padded hidden]: w, then -2 w, zeros behind
+  const uint8_t* mask;         // [batch][queries][keys], or null
+  const int32_t* lens;         // [batch][queries], or null
   int64_t q_batch, q_row, k_batch, k_row, v_batch, v_row, grad_batch, grad_row;
   int64_t mask_batch, mask_query, mask_key, lens_batch, lens_query;
   int64_t queries, keys, hidden, d_v;

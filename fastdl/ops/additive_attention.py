@@ -37,46 +37,46 @@ __all__ = ["additive_attention"]
 
 def _fake_forward(q, k, v, w, mask, valid_lens):
     wide = reference.compute_dtype(q.dtype)
-    return q.new_empty((*q.shape[:2], v.shape[2])), q.new_empty(q.shape[:2], dtype=wide)
+    return q.new_empty((*q.shape[:2], v.shape[2])), q.new_empty((2, *q.shape[:2]), dtype=wide)
 
 
 def _fake_pointer(q, k, w, mask, valid_lens):
     wide = reference.compute_dtype(q.dtype)
-    return q.new_empty((*q.shape[:2], k.shape[1]), dtype=wide), q.new_empty(q.shape[:2], dtype=wide)
+    return q.new_empty((*q.shape[:2], k.shape[1]), dtype=wide), q.new_empty((2, *q.shape[:2]), dtype=wide)
 
 
-def _fake_backward(grad, q, k, v, w, mask, valid_lens, out, lse):
+def _fake_backward(grad, q, k, v, w, mask, valid_lens, out, statistics):
     return *(t.new_empty(t.shape) for t in (q, k, v)), w.new_empty(w.shape, dtype=reference.compute_dtype(q.dtype))
 
 
-def _fake_pointer_backward(grad, q, k, w, mask, valid_lens, lse):
+def _fake_pointer_backward(grad, q, k, w, mask, valid_lens, statistics):
     return *(t.new_empty(t.shape) for t in (q, k)), w.new_empty(w.shape, dtype=reference.compute_dtype(q.dtype))
 
 
 FORWARD = Op(
     "additive_attention_forward(Tensor q, Tensor k, Tensor v, Tensor w, Tensor? mask, Tensor? valid_lens) "
-    "-> (Tensor out, Tensor lse)",
+    "-> (Tensor out, Tensor statistics)",
     fake=_fake_forward,
     reference=reference.additive_attention_forward,
     triton=triton_twin("additive_attention", "additive_attention_forward"),
 )
 BACKWARD = Op(
     "additive_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor w, Tensor? mask, "
-    "Tensor? valid_lens, Tensor out, Tensor lse) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dw)",
+    "Tensor? valid_lens, Tensor out, Tensor statistics) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dw)",
     fake=_fake_backward,
     reference=reference.additive_attention_backward,
     triton=triton_twin("additive_attention", "additive_attention_backward"),
 )
 POINTER = Op(
     "additive_pointer_forward(Tensor q, Tensor k, Tensor w, Tensor? mask, Tensor? valid_lens) "
-    "-> (Tensor logp, Tensor lse)",
+    "-> (Tensor logp, Tensor statistics)",
     fake=_fake_pointer,
     reference=reference.additive_pointer_forward,
     triton=triton_twin("additive_attention", "additive_pointer_forward"),
 )
 POINTER_BACKWARD = Op(
     "additive_pointer_backward(Tensor grad, Tensor q, Tensor k, Tensor w, Tensor? mask, Tensor? valid_lens, "
-    "Tensor lse) -> (Tensor dq, Tensor dk, Tensor dw)",
+    "Tensor statistics) -> (Tensor dq, Tensor dk, Tensor dw)",
     fake=_fake_pointer_backward,
     reference=reference.additive_pointer_backward,
     triton=triton_twin("additive_attention", "additive_pointer_backward"),
@@ -89,11 +89,11 @@ def _setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(twin, ctx, grad, _lse):
+def _backward(twin, ctx, grad, _statistics):
     if grad is None:
         return (None,) * 6
-    q, k, v, w, mask, valid_lens, out, lse = ctx.saved_tensors
-    found = BACKWARD[twin](grad, q, k, v, w, mask, valid_lens, out, lse)
+    q, k, v, w, mask, valid_lens, out, statistics = ctx.saved_tensors
+    found = BACKWARD[twin](grad, q, k, v, w, mask, valid_lens, out, statistics)
     found = (*found[:3], found[3].to(w.dtype))
     return *(t if need else None for t, need in zip(found, ctx.needs_input_grad, strict=False)), None, None
 
@@ -104,11 +104,11 @@ def _pointer_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _pointer_backward(twin, ctx, grad, _lse):
+def _pointer_backward(twin, ctx, grad, _statistics):
     if grad is None:
         return (None,) * 5
-    q, k, w, mask, valid_lens, lse = ctx.saved_tensors
-    found = POINTER_BACKWARD[twin](grad, q, k, w, mask, valid_lens, lse)
+    q, k, w, mask, valid_lens, statistics = ctx.saved_tensors
+    found = POINTER_BACKWARD[twin](grad, q, k, w, mask, valid_lens, statistics)
     found = (*found[:2], found[2].to(w.dtype))
     return *(t if need else None for t, need in zip(found, ctx.needs_input_grad, strict=False)), None, None
 

@@ -1,8 +1,9 @@
 """Additive attention in plain PyTorch: the meaning of the ops, forward and backward by explicit formula.
 
-    t_ijh = tanh(q_ih + k_jh),   s_ij = sum_h w_h t_ijh  (-inf where masked),   lse_i = log sum_j exp(s_ij)
-    attention   p_ij = exp(s_ij - lse_i),  out_i = sum_j p_ij v_j
-    pointer     logp_ij = s_ij - lse_i
+    t_ijh = tanh(q_ih + k_jh),   s_ij = sum_h w_h t_ijh  (-inf where masked)
+    m_i = max_j s_ij,  l_i = sum_j exp(s_ij - m_i),  p_ij = exp(s_ij - m_i) / l_i          m and l: the statistics
+    attention   out_i = sum_j p_ij v_j
+    pointer     logp_ij = s_ij - (m_i + log l_i)
     gradients   dp_ij = grad_i . v_j,  ds_ij = p_ij (dp_ij - sum_j p_ij dp_ij),  dv_j = sum_i p_ij grad_i
     (pointer)   ds_ij = grad_ij - p_ij sum_j grad_ij
                 dq_ih = w_h sum_j ds_ij (1 - t_ijh^2),  dk_jh = w_h sum_i ds_ij (1 - t_ijh^2)
@@ -58,15 +59,14 @@ def _scores(q: Tensor, k: Tensor, w: Tensor, allowed: Tensor | None) -> tuple[Te
 
 
 def _softmax(s: Tensor) -> tuple[Tensor, Tensor]:
-    """p [batch, queries, keys], zero in a row of -inf; lse [batch, queries]."""
+    """p [batch, queries, keys], zero in a row of -inf; statistics [2, batch, queries]: the largest score, and the sum of
+    exp(score - largest), 0 in such a row."""
     if not s.shape[-1]:
-        return s, s.new_full(s.shape[:-1], -_INF)
+        return s, torch.stack([s.new_full(s.shape[:-1], -_INF), s.new_zeros(s.shape[:-1])])
     m = s.detach().amax(-1, keepdim=True)
     e = torch.exp(s - torch.where(m == -_INF, 0.0, m))
     total = e.sum(-1, keepdim=True)
-    blind = total == 0
-    safe = torch.where(blind, 1.0, total)
-    return e / safe, torch.where(blind, -_INF, m + torch.log(safe))[..., 0]
+    return e / torch.where(total == 0, 1.0, total), torch.stack([m, total])[..., 0]
 
 
 def additive_attention_forward(
@@ -74,32 +74,33 @@ def additive_attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """q [batch, queries, hidden], k [batch, keys, hidden], v [batch, keys, d_v], w [hidden], mask bool [batch or 1,
     queries or 1, keys or 1], valid_lens int32 [batch] or [batch, queries]
-    -> out [batch, queries, d_v] in the dtype of q, lse [batch, queries] in the compute dtype."""
+    -> out [batch, queries, d_v] in the dtype of q, statistics [2, batch, queries] in the compute dtype."""
     wide, keys = compute_dtype(q.dtype), k.shape[1]
     allowed = _allowed(mask, valid_lens, keys)
     wide_k, wide_v = _without_dead(allowed, k.to(wide), v.to(wide))
-    outs, lses = [], []
+    outs, statistics = [], []
     for chunk in chunks(q.shape[1], k.numel()):
-        p, lse = _softmax(_scores(q[:, chunk].to(wide), wide_k, w.to(wide), _rows(allowed, chunk))[1])
+        p, found = _softmax(_scores(q[:, chunk].to(wide), wide_k, w.to(wide), _rows(allowed, chunk))[1])
         outs.append((p @ wide_v).to(q.dtype))
-        lses.append(lse)
-    return torch.cat(outs, 1).contiguous(), torch.cat(lses, 1).contiguous()
+        statistics.append(found)
+    return torch.cat(outs, 1).contiguous(), torch.cat(statistics, 2).contiguous()
 
 
 def additive_pointer_forward(
     q: Tensor, k: Tensor, w: Tensor, mask: Tensor | None, valid_lens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """As additive_attention_forward -> logp [batch, queries, keys], lse [batch, queries], both in the compute dtype."""
+    """As additive_attention_forward -> logp [batch, queries, keys], statistics, both in the compute dtype."""
     wide, keys = compute_dtype(q.dtype), k.shape[1]
     allowed = _allowed(mask, valid_lens, keys)
     (wide_k,) = _without_dead(allowed, k.to(wide))
-    logps, lses = [], []
+    logps, statistics = [], []
     for chunk in chunks(q.shape[1], k.numel()):
         s = _scores(q[:, chunk].to(wide), wide_k, w.to(wide), _rows(allowed, chunk))[1]
-        lse = _softmax(s)[1]
-        logps.append(s - torch.where(lse == -_INF, 0.0, lse)[..., None])
-        lses.append(lse)
-    return torch.cat(logps, 1).contiguous(), torch.cat(lses, 1).contiguous()
+        found = _softmax(s)[1]
+        lse = torch.where(found[1] == 0, 0.0, found[0] + torch.log(torch.where(found[1] == 0, 1.0, found[1])))
+        logps.append(s - lse[..., None])
+        statistics.append(found)
+    return torch.cat(logps, 1).contiguous(), torch.cat(statistics, 2).contiguous()
 
 
 def _through_scores(ds: Tensor, t: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,8 +119,8 @@ def _attention_chunk(grad, q, k, v, w, allowed):
 
 def _pointer_chunk(grad, q, k, w, allowed):
     t, s = _scores(q, k, w, allowed)
-    p, lse = _softmax(s)
-    blind = (lse == -_INF)[..., None]
+    p, statistics = _softmax(s)
+    blind = (statistics[1] == 0)[..., None]
     grad = grad.masked_fill(blind if allowed is None else blind | ~allowed, 0.0)
     return _through_scores(grad - p * grad.sum(-1, keepdim=True), t, w)
 
@@ -133,11 +134,11 @@ def additive_attention_backward(
     mask: Tensor | None,
     valid_lens: Tensor | None,
     out: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """grad, out [batch, queries, d_v], lse [batch, queries], the others as in the forward
-    -> dq, dk, dv in the dtypes of q, k, v, dw [hidden] in the compute dtype. out and lse are recomputed, so that this
-    function is itself differentiable."""
+    """grad, out [batch, queries, d_v], statistics [2, batch, queries], the others as in the forward
+    -> dq, dk, dv in the dtypes of q, k, v, dw [hidden] in the compute dtype. out and statistics are recomputed, so that
+    this function is itself differentiable."""
     wide = compute_dtype(q.dtype)
     allowed = _allowed(mask, valid_lens, k.shape[1])
     wide_k, wide_v = _without_dead(allowed, k.to(wide), v.to(wide))
@@ -151,7 +152,7 @@ def additive_attention_backward(
 
 
 def additive_pointer_backward(
-    grad: Tensor, q: Tensor, k: Tensor, w: Tensor, mask: Tensor | None, valid_lens: Tensor | None, lse: Tensor
+    grad: Tensor, q: Tensor, k: Tensor, w: Tensor, mask: Tensor | None, valid_lens: Tensor | None, statistics: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad [batch, queries, keys], the others as in the forward -> dq, dk, dw as in additive_attention_backward."""
     wide = compute_dtype(q.dtype)
