@@ -72,16 +72,18 @@ def allowed_of(shape, *, mask=None, valid_lens=None, chosen=None):
     return allowed
 
 
-def eager(q, k, v, w, *, pointer=False, **options):
-    """What one writes with torch; rows that see nothing are set afterwards."""
+def eager(q, k, v, w, *, pointer=False, summed=False, **options):
+    """What one writes with torch, as products or (summed) as sums; rows that see nothing are set afterwards."""
     shape = (*q.shape[:2], k.shape[1])
     allowed = allowed_of(shape, **options).to(q.device)
-    s = torch.tanh(q[:, :, None] + k[:, None]) @ w
+    t = torch.tanh(q[:, :, None] + k[:, None])
+    s = (t * w).sum(-1) if summed else t @ w
     blind = ~allowed.any(-1, keepdim=True)
     s = s.masked_fill(~allowed & ~blind, -INF)
     if pointer:
         return torch.log_softmax(s, -1).masked_fill(~allowed, -INF)
-    return torch.softmax(s, -1).masked_fill(~allowed, 0.0) @ v
+    p = torch.softmax(s, -1).masked_fill(~allowed, 0.0)
+    return (p[..., None] * v[:, None]).sum(2) if summed else p @ v
 
 
 def seen_only(function):
@@ -107,13 +109,17 @@ def small(lane, shape):
 def compare(lane, tensors, options, *, pointer=False):
     if not pointer:
         ours = lambda q, k, v, w: ops.additive_attention(q, k, v, w, **options, backend=lane.backend)  # noqa: E731
-        return check(ours, tensors, peer=lambda *given: eager(*given, **options))
+        peers = [lambda *given, way=way: eager(*given, summed=way, **options) for way in (False, True)]
+        return check(ours, tensors, peer=peers)
     q, k, _, w = tensors
     call = lambda q, k, w: ops.additive_attention(  # noqa: E731
         q, k, None, w, **options, return_pointer=True, backend=lane.backend
     )
-    peer = lambda q, k, w: eager(q, k, None, w, pointer=True, **options)  # noqa: E731
-    return check(seen_only(call), (q, k, w), peer=seen_only(peer))
+    peers = [
+        seen_only(lambda q, k, w, way=way: eager(q, k, None, w, pointer=True, summed=way, **options))
+        for way in (False, True)
+    ]
+    return check(seen_only(call), (q, k, w), peer=peers)
 
 
 def dtypes_of(lane, index):

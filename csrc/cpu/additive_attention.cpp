@@ -67,10 +67,7 @@ AdditiveArgs arguments(const AdditiveTensors& t, const Tensor& q, float* weights
   a.queries = t.queries, a.keys = t.keys, a.hidden = t.hidden, a.d_v = t.d_v;
   kernels.weights(t.w.const_data_ptr(), float_format(t.w, "w: expected float32, float16 or bfloat16"), t.hidden,
                   weights);
-  double sum = 0;
-  for (int64_t h = 0; h < t.hidden; ++h) sum += weights[h];
   a.weights = weights;
-  a.w_sum = static_cast<float>(sum);
   return a;
 }
 
@@ -113,12 +110,13 @@ void for_blocks(const AdditiveTensors& t, const AdditiveArgs& a, const AdditiveK
   };
   const int64_t one = state_floats(widest, t.d_v), work = Floats::room(additive_work_floats(t.hidden, t.d_v));
   const int64_t queries = Floats::room(additive_query_floats(t.hidden, widest));
+  const int64_t scratch = Floats::room(widest * additive_padded(std::min(chunks.length, t.keys)));
   const int team = team_for(t);
   if (!cut) {
     parallel_region(static_cast<int>(std::min<int64_t>(team, blocks)), [&](int thread, int threads) {
-      Floats memory(2 * one + work + queries);
+      Floats memory(2 * one + work + queries + scratch);
       const AdditiveState part = state_in(memory, widest, t.d_v), whole = state_in(memory, widest, t.d_v);
-      float *const w = memory.take(work), *const q = memory.take(queries);
+      float *const w = memory.take(work), *const q = memory.take(queries), *const s = memory.take(scratch);
       const Range mine = range(blocks, thread, threads);
       for (int64_t block = mine.begin; block < mine.end; ++block) {
         const AdditivePiece first = piece_of(block, 0);
@@ -126,7 +124,7 @@ void for_blocks(const AdditiveTensors& t, const AdditiveArgs& a, const AdditiveK
         clear(whole, widest);
         for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
           const AdditivePiece piece = piece_of(block, chunk);
-          kernels.forward(a, piece, q, w, part, rows_of_scores(piece));
+          kernels.forward(a, piece, q, w, s, part, rows_of_scores(piece));
           kernels.merge(piece.i1 - piece.i0, t.d_v, part, whole);
         }
         done(first, whole);
@@ -143,15 +141,15 @@ void for_blocks(const AdditiveTensors& t, const AdditiveArgs& a, const AdditiveK
     return s;
   };
   parallel_region(static_cast<int>(std::min<int64_t>(team, items)), [&](int thread, int threads) {
-    Floats memory(work + queries);
-    float *const w = memory.take(work), *const q = memory.take(queries);
+    Floats memory(work + queries + scratch);
+    float *const w = memory.take(work), *const q = memory.take(queries), *const s = memory.take(scratch);
     const Range mine = range(items, thread, threads);
     int64_t ready = -1;
     for (int64_t item = mine.begin; item < mine.end; ++item) {
       const AdditivePiece piece = piece_of(item / chunks.count, item % chunks.count);
       if (ready != item / chunks.count) kernels.queries(a, piece.n, piece.i0, piece.i1, q);
       ready = item / chunks.count;
-      kernels.forward(a, piece, q, w, state_at(item), rows_of_scores(piece));
+      kernels.forward(a, piece, q, w, s, state_at(item), rows_of_scores(piece));
     }
   });
   Floats memory(one);
@@ -180,7 +178,7 @@ AdditiveOutputs additive_attention_forward(const Tensor& q, const Tensor& k, con
   Tensor statistics = float_tensor(q, {2, t.batch, t.queries});
   if (t.empty()) return {out, statistics};
   const AdditiveKernels& kernels = *additive_table().forward;
-  Floats weights(2 * additive_padded(t.hidden));
+  Floats weights(additive_padded(t.hidden));
   const AdditiveArgs a = arguments(t, q, weights.next, kernels);
   auto* const out_data = static_cast<uint8_t*>(out.mutable_data_ptr());
   float* const statistics_data = static_cast<float*>(statistics.mutable_data_ptr());
@@ -199,7 +197,7 @@ AdditiveOutputs additive_pointer_forward(const Tensor& q, const Tensor& k, const
   Tensor statistics = float_tensor(q, {2, t.batch, t.queries});
   if (t.empty()) return {logp, statistics};
   const AdditiveKernels& kernels = *additive_table().forward;
-  Floats weights(2 * additive_padded(t.hidden));
+  Floats weights(additive_padded(t.hidden));
   const AdditiveArgs a = arguments(t, q, weights.next, kernels);
   float* const scores = static_cast<float*>(logp.mutable_data_ptr());
   float* const statistics_data = static_cast<float*>(statistics.mutable_data_ptr());
@@ -244,7 +242,7 @@ Gradients backward(const AdditiveTensors& t, const AdditiveArgs& a, const Tensor
   float* const dws = shared.take(t.batch * chunks.count * hidden);  // [batch][chunks][padded hidden]
   float* const parts = cut ? shared.take(items * per_query) : nullptr;
   const auto store_dq = [&](int64_t n, const float* from) {
-    kernels.store(from, t.queries, t.hidden, a.weights, 4.0f, a.format, dq + n * t.queries * t.hidden * bytes);
+    kernels.store(from, t.queries, t.hidden, a.weights, a.format, dq + n * t.queries * t.hidden * bytes);
   };
   parallel_region(static_cast<int>(std::min<int64_t>(team_for(t), items)), [&](int thread, int threads) {
     Floats memory(mine_floats);
@@ -263,8 +261,8 @@ Gradients backward(const AdditiveTensors& t, const AdditiveArgs& a, const Tensor
         b.dq = cut ? parts + item * per_query : c == 0 ? whole : part;
         b.dw = dws + (n * chunks.count + c) * hidden;
         table.backward->backward(a, {n, 0, t.queries, j0, j1}, q_floats, w, b);
-        kernels.store(b.dk, j1 - j0, t.hidden, a.weights, 4.0f, a.format, dk + at * t.hidden * bytes);
-        if (v) kernels.store(b.dv, j1 - j0, t.d_v, nullptr, 1.0f, a.format, dv + at * t.d_v * bytes);
+        kernels.store(b.dk, j1 - j0, t.hidden, a.weights, a.format, dk + at * t.hidden * bytes);
+        if (v) kernels.store(b.dv, j1 - j0, t.d_v, nullptr, a.format, dv + at * t.d_v * bytes);
         if (b.dq == part && !cut) kernels.add(part, per_query, whole);
       }
       if (!cut) store_dq(n, whole);
@@ -277,7 +275,7 @@ Gradients backward(const AdditiveTensors& t, const AdditiveArgs& a, const Tensor
       store_dq(n, whole);
     }
   for (int64_t part = 1; part < t.batch * chunks.count; ++part) kernels.add(dws + part * hidden, hidden, dws);
-  kernels.store(dws, 1, t.hidden, nullptr, 1.0f, FORMAT_F32, g.dw.mutable_data_ptr());
+  kernels.store(dws, 1, t.hidden, nullptr, FORMAT_F32, g.dw.mutable_data_ptr());
   return g;
 }
 
@@ -288,7 +286,7 @@ AdditiveGradients additive_attention_backward(const Tensor& grad, const Tensor& 
   const AdditiveTensors t(q, k, v, w, mask, valid_lens);
   check_like(out, grad, "grad: expected shape, dtype and device of out");
   t.check_saved(q, &out, statistics);
-  Floats weights(2 * additive_padded(t.hidden));
+  Floats weights(additive_padded(t.hidden));
   AdditiveArgs a = arguments(t, q, weights.next, *additive_table().forward);
   const BatchedRows rows(grad);
   const Tensor whole_out = as_contiguous(out), whole = as_contiguous(statistics);
@@ -308,7 +306,7 @@ AdditivePointerGradients additive_pointer_backward(const Tensor& grad, const Ten
   const AdditiveTensors t(q, k, std::nullopt, w, mask, valid_lens);
   t.check_saved(q, nullptr, statistics);
   t.check_pointer_grad(q, grad);
-  Floats weights(2 * additive_padded(t.hidden));
+  Floats weights(additive_padded(t.hidden));
   AdditiveArgs a = arguments(t, q, weights.next, *additive_table().forward);
   const BatchedRows rows(grad);
   const Tensor whole = as_contiguous(statistics);

@@ -5,9 +5,9 @@
 //
 // Method: as in the forward, a tile of keys stays while queries pass; tanh of one query and the tile is computed once,
 // for the scores, and kept in the first-level cache for the derivative, so that forward and backward take two tanh an
-// element. Lanes are hidden units: nothing is summed across lanes but scores. With tanh = 1 - 2r the kept number is r and
-// (1 - t^2) / 4 = r - r^2: after the score's operations an element costs 4 multiply-adds, of which 3 are the gradients'
-// own. Sums run over a tile, then over a block of queries or a chunk of keys, then over all.
+// element. Lanes are hidden units: nothing is summed across lanes but scores. After the score's operations an element
+// costs 4 multiply-adds, of which 3 are the gradients' own. Sums run over a tile, then over a block of queries or a chunk
+// of keys, then over all.
 //
 // Test: pytest tests/test_additive_attention.py
 #include "cpu/additive_tile.h"
@@ -18,42 +18,30 @@ namespace {
 
 constexpr int GROUP = 4;  // keys whose derivatives are added up in one pass over the hidden units
 
-// (1 - t^2) / 4 from what the scores kept.
-template <Way WAY>
-FASTDL_INLINE vf slope(vf kept) {
-  if constexpr (WAY == Way::RATIO) return vfma(vsub(vset1(0.0f), kept), kept, kept);
-  const vf quarter = vset1(0.25f);
-  return vfma(vsub(vset1(0.0f), vmul(kept, quarter)), kept, quarter);
-}
-
 // dq, dw [padded] and dk of the active keys; ds [ADDITIVE_TILE] by place in the tile.
-template <Way WAY>
 void derivative(const Tile& t, const Active& active, const float* ds, float* dq, float* dk, float* dw) {
+  const vf one = vset1(1.0f);
   for (int64_t c = 0; c < active.count; c += GROUP) {
     const float* kept[GROUP];
     float* mine[GROUP];
     vf factor[GROUP];
-    float total = 0.0f;
     for (int64_t j = 0; j < GROUP; ++j) {
       const int64_t at = active.at[c + j < active.count ? c + j : c];
-      const float value = c + j < active.count ? ds[at] : 0.0f;
       kept[j] = t.tanh + at * t.padded;
       mine[j] = dk + at * t.padded;
-      factor[j] = vset1(value);
-      total += value;
+      factor[j] = vset1(c + j < active.count ? ds[at] : 0.0f);
     }
     for (int64_t h = 0; h < t.padded; h += LANES) {
-      vf q = vload(dq + h), w = vset1(0.0f);
+      vf q = vset1(0.0f), w = vset1(0.0f);
 #pragma GCC unroll 4
       for (int j = 0; j < GROUP; ++j) {
-        const vf x = vload(kept[j] + h), g = slope<WAY>(x);
+        const vf x = vload(kept[j] + h), g = vfma(vsub(vset1(0.0f), x), x, one);
         q = vfma(factor[j], g, q);
         w = vfma(factor[j], x, w);
         vstore(mine[j] + h, vfma(factor[j], g, vload(mine[j] + h)));
       }
-      vstore(dq + h, q);
-      const vf before = vload(dw + h);
-      vstore(dw + h, WAY == Way::RATIO ? vfma(vset1(-2.0f), w, vadd(before, vset1(total))) : vadd(before, w));
+      vstore(dq + h, vadd(vload(dq + h), q));
+      vstore(dw + h, vadd(vload(dw + h), w));
     }
   }
 }
@@ -128,13 +116,14 @@ void backward(const AdditiveArgs& a, const AdditivePiece& piece, float* queries,
         const Active active(a, piece.n, i, j0, keys);
         if (active.count == 0) continue;
         if (!ready) {
-          tile.prepare<T>(a, piece.n, j0, j0 + keys);
+          tile.prepare_keys<T>(a, piece.n, j0, j0 + keys);
+          if (a.v) tile.prepare_values<T>(a, piece.n, j0, j0 + keys);
           for (int64_t at = 0; at < tile.padded; at += LANES) vstore(dw + at, vset1(0.0f));
           ready = true;
         }
         const float* const row = b.rows + (i - i0) * (padded_v + 16);
         float scores[16], p[16], ds[16] = {};
-        const Way way = score<true>(a, query_of(queries, i - i0, tile.padded), tile, active, scores);
+        score<true>(a, query_of(queries, i - i0, tile.padded), tile, active, scores);
         decays(scores, most, p);
         for (int j = 0; j < 16; j += LANES) vstore(p + j, vdiv(vload(p + j), vset1(sum)));
         if (a.v) {
@@ -153,12 +142,7 @@ void backward(const AdditiveArgs& a, const AdditivePiece& piece, float* queries,
             ds[j] = grad[j] - p[j] * row[padded_v];
           }
         }
-        float* const dq = b.dq + i * tile.padded;
-        switch (way) {
-          case Way::RATIO: derivative<Way::RATIO>(tile, active, ds, dq, dk, dw); break;
-          case Way::SMALL: derivative<Way::SMALL>(tile, active, ds, dq, dk, dw); break;
-          case Way::WIDE: derivative<Way::WIDE>(tile, active, ds, dq, dk, dw); break;
-        }
+        derivative(tile, active, ds, b.dq + i * tile.padded, dk, dw);
       }
       if (ready)
         for (int64_t at = 0; at < tile.padded; at += LANES) vstore(b.dw + at, vadd(vload(b.dw + at), vload(dw + at)));

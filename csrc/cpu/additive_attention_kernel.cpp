@@ -1,9 +1,8 @@
 // Additive attention forward for one level: a block of queries passes tiles of keys, with the softmax as it goes.
 //
 // Method: a tile's exponentials are computed once and stay in the first-level cache while up to 64 queries pass (see
-// additive_tile.h). Each query keeps the largest score of the chunk, the sum of its exponentials and the sum of v, which
-// are scaled when a larger score comes (Milakov and Gimelshein 2018). Floor: 4 multiply-adds and a reciprocal an element
-// of [queries, keys, hidden], of which the score itself is one.
+// additive_tile.h). The scores of a block of queries and a chunk of keys are kept; then each row has its softmax, and the
+// values pass. Chunks are merged by their largest scores (Milakov and Gimelshein 2018).
 //
 // Test: pytest tests/test_additive_attention.py
 #include "cpu/additive_tile.h"
@@ -12,62 +11,67 @@ namespace fastdl {
 namespace FASTDL_LEVEL {
 namespace {
 
-// The largest of the scores; NaN where one is NaN.
-float largest_score(const float* scores, const Active& active, float most) {
-  for (int64_t c = 0; c < active.count; ++c) {
-    const float s = scores[active.at[c]];
-    if (s != s) return s;
-    most = s > most ? s : most;
+// e [padded keys] = exp(s - largest) of a row of scores, zeros behind; a row that sees nothing gives largest -inf, sum 0.
+// NaN makes both NaN.
+void softmax_row(float* row, int64_t keys, float* most_out, float* sum_out) {
+  const int64_t padded = additive_padded(keys);
+  for (int64_t j = keys; j < padded; ++j) row[j] = MINUS_INFINITY;
+  vf most = vset1(MINUS_INFINITY), sum = vset1(0.0f);
+  for (int64_t j = 0; j < padded; j += LANES) most = vmax(vload(row + j), most);  // in this order NaN is passed over
+  const float found = vhmax(most), shift = found == MINUS_INFINITY ? 0.0f : found;
+  for (int64_t j = 0; j < padded; j += LANES) {
+    const vf e = decay(vsub(vload(row + j), vset1(shift)));
+    sum = vadd(sum, e);
+    vstore(row + j, e);
   }
-  return most;
+  const float total = vsum(sum);
+  *most_out = total != total ? total : found;
+  *sum_out = total;
 }
 
-// out [padded] = scale * out + sum over active keys of e_j v_j
-void add_values(const Tile& t, const Active& active, const float* e, float scale, float* out) {
-  for (int64_t d = 0; d < t.padded_v; d += LANES) {
-    vf sum = vmul(vset1(scale), vload(out + d));
-    for (int64_t c = 0; c < active.count; ++c)
-      sum = vfma(vset1(e[active.at[c]]), vload(t.v + active.at[c] * t.padded_v + d), sum);
-    vstore(out + d, sum);
+// out [padded d_v] += sum over keys of a tile of e_j v_j. Keys of weight 0, masked ones among them, are not read.
+void add_values(const float* v, int64_t padded_v, const float* e, int64_t keys, float* out) {
+  int64_t at[ADDITIVE_TILE], count = 0;
+  for (int64_t j = 0; j < keys; ++j) {
+    at[count] = j;
+    count += e[j] != 0.0f;
+  }
+  if (count == 0) return;
+  for (int64_t d = 0; d < padded_v; d += LANES) {
+    vf sum = vset1(0.0f);
+    for (int64_t c = 0; c < count; ++c) sum = vfma(vset1(e[at[c]]), vload(v + at[c] * padded_v + d), sum);
+    vstore(out + d, vadd(vload(out + d), sum));
   }
 }
 
 template <class T>
-void forward(const AdditiveArgs& a, const AdditivePiece& piece, const float* queries, float* work,
+void forward(const AdditiveArgs& a, const AdditivePiece& piece, const float* queries, float* work, float* scores,
              const AdditiveState& state, float* scores_out) {
   Tile tile(a, work);
-  const int64_t count = piece.i1 - piece.i0;
-  for (int64_t i = 0; i < count; ++i) {
-    state.largest[i] = MINUS_INFINITY;
-    state.sum[i] = 0.0f;
-  }
-  if (state.out)
-    for (int64_t at = 0; at < count * tile.padded_v; at += LANES) vstore(state.out + at, vset1(0.0f));
+  const int64_t count = piece.i1 - piece.i0, all = piece.j1 - piece.j0, row = additive_padded(all);
   for (int64_t j0 = piece.j0; j0 < piece.j1; j0 += ADDITIVE_TILE) {
     const int64_t keys = piece.j1 - j0 < ADDITIVE_TILE ? piece.j1 - j0 : ADDITIVE_TILE;
     bool ready = false;
     for (int64_t i = 0; i < count; ++i) {
       const Active active(a, piece.n, piece.i0 + i, j0, keys);
-      float scores[16], e[16];
-      if (active.count > 0) {
-        if (!ready) tile.prepare<T>(a, piece.n, j0, j0 + keys);
+      float found[16];
+      if (!ready && active.count > 0) {
+        tile.prepare_keys<T>(a, piece.n, j0, j0 + keys);
         ready = true;
-        score<false>(a, query_of(queries, i, tile.padded), tile, active, scores);
-      } else if (scores_out) {
-        for (int j = 0; j < 16; ++j) scores[j] = MINUS_INFINITY;
       }
-      if (scores_out) memcpy(scores_out + i * a.keys + j0, scores, (size_t)keys * sizeof(float));
-      if (active.count == 0) continue;
-      const float most = largest_score(scores, active, state.largest[i]);
-      if (most == MINUS_INFINITY) continue;
-      const float scale = state.largest[i] == most ? 1.0f : decay(state.largest[i] - most);
-      state.largest[i] = most;
-      decays(scores, most, e);
-      float sum = 0.0f;
-      for (int j = 0; j < 16; j += LANES) sum += vsum(vload(e + j));
-      state.sum[i] = state.sum[i] * scale + sum;
-      if (state.out) add_values(tile, active, e, scale, state.out + i * tile.padded_v);
+      score<false>(a, query_of(queries, i, tile.padded), tile, active, found);
+      memcpy(scores + i * row + j0 - piece.j0, found, (size_t)keys * sizeof(float));
+      if (scores_out) memcpy(scores_out + i * a.keys + j0, found, (size_t)keys * sizeof(float));
     }
+  }
+  for (int64_t i = 0; i < count; ++i) softmax_row(scores + i * row, all, state.largest + i, state.sum + i);
+  if (!state.out) return;
+  for (int64_t at = 0; at < count * tile.padded_v; at += LANES) vstore(state.out + at, vset1(0.0f));
+  for (int64_t j0 = piece.j0; j0 < piece.j1; j0 += ADDITIVE_TILE) {
+    const int64_t keys = piece.j1 - j0 < ADDITIVE_TILE ? piece.j1 - j0 : ADDITIVE_TILE;
+    tile.prepare_values<T>(a, piece.n, j0, j0 + keys);
+    for (int64_t i = 0; i < count; ++i)
+      add_values(tile.v, tile.padded_v, scores + i * row + j0 - piece.j0, keys, state.out + i * tile.padded_v);
   }
 }
 
@@ -108,13 +112,13 @@ void finish(int64_t queries, int64_t d_v, const AdditiveState& state, int format
   });
 }
 
-void store(const float* from, int64_t rows, int64_t cols, const float* factor, float scale, int format, void* to) {
+void store(const float* from, int64_t rows, int64_t cols, const float* factor, int format, void* to) {
   const int64_t padded = additive_padded(cols);
   dispatch(format, [&](auto type) {
     using T = decltype(type);
     for (int64_t i = 0; i < rows; ++i)
       for_each(cols, [&](int64_t c, const auto& part) FASTDL_STEP {
-        const vf v = vmul(vset1(scale), vload(from + i * padded + c));
+        const vf v = vload(from + i * padded + c);
         part.template store<T>((typename T::Element*)to + i * cols + c, factor ? vmul(v, vload(factor + c)) : v);
       });
   });
@@ -125,21 +129,19 @@ void add(const float* from, int64_t count, float* to) {
 }
 
 void weights(const void* w, int format, int64_t hidden, float* to) {
-  const int64_t padded = additive_padded(hidden);
   dispatch(format, [&](auto type) {
     using T = decltype(type);
     copy_row<T>((const typename T::Element*)w, hidden, to);
   });
-  for (int64_t at = 0; at < padded; at += LANES) vstore(to + padded + at, vmul(vset1(-2.0f), vload(to + at)));
 }
 
 void queries_any(const AdditiveArgs& a, int64_t n, int64_t i0, int64_t i1, float* to) {
   dispatch(a.format, [&](auto type) { prepare_queries<decltype(type)>(a, n, i0, i1, to); });
 }
 
-void forward_any(const AdditiveArgs& a, const AdditivePiece& piece, const float* queries, float* work,
-                 const AdditiveState& state, float* scores) {
-  dispatch(a.format, [&](auto type) { forward<decltype(type)>(a, piece, queries, work, state, scores); });
+void forward_any(const AdditiveArgs& a, const AdditivePiece& piece, const float* queries, float* work, float* scores,
+                 const AdditiveState& state, float* scores_out) {
+  dispatch(a.format, [&](auto type) { forward<decltype(type)>(a, piece, queries, work, scores, state, scores_out); });
 }
 
 }  // namespace

@@ -26,8 +26,7 @@ struct AdditiveArgs {
   int64_t q_batch, q_row, k_batch, k_row, v_batch, v_row, grad_batch, grad_row;
   int64_t mask_batch, mask_query, mask_key, lens_batch, lens_query;
   int64_t queries, keys, hidden, d_v;
-  float w_sum;  // of w
-  int format;   // Format number of q, k, v, out, grad
+  int format;  // Format number of q, k, v, out, grad
 };
 
 // Queries i0 <= i < i1 of sequence n and keys j0 <= j < j1.
@@ -51,7 +50,7 @@ static inline int64_t additive_work_floats(int64_t hidden, int64_t d_v) {
 }
 
 struct AdditiveBackward {
-  float* dq;    // [queries][padded hidden]: of this chunk alone, a quarter and without the factor w
+  float* dq;    // [queries][padded hidden]: of this chunk alone, without the factor w
   float* dk;    // [keys of the chunk][padded hidden]: likewise
   float* dv;    // [keys of the chunk][padded d_v]; null: pointer
   float* dw;    // [padded hidden]: of this chunk alone
@@ -61,15 +60,16 @@ struct AdditiveBackward {
 struct AdditiveKernels {
   void (*weights)(const void* w, int format, int64_t hidden, float* to);
   void (*queries)(const AdditiveArgs& a, int64_t n, int64_t i0, int64_t i1, float* to);
-  // The state of a chunk. scores: pointer: rows of the block [queries of the block][keys], where scores are left.
-  void (*forward)(const AdditiveArgs& a, const AdditivePiece& piece, const float* queries, float* work,
-                  const AdditiveState& state, float* scores);
+  // The state of a chunk. scores: working memory [queries of the block][padded keys of the chunk]; scores_out, or null:
+  // rows of the block [queries of the block][keys], where scores are left.
+  void (*forward)(const AdditiveArgs& a, const AdditivePiece& piece, const float* queries, float* work, float* scores,
+                  const AdditiveState& state, float* scores_out);
   // whole = whole and part together
   void (*merge)(int64_t queries, int64_t d_v, const AdditiveState& part, const AdditiveState& whole);
   // out [queries][d_v] = state.out / state.sum
   void (*finish)(int64_t queries, int64_t d_v, const AdditiveState& state, int format, void* out);
-  // to [rows][cols] = scale * factor[col] * from [rows][padded cols]; factor null: 1
-  void (*store)(const float* from, int64_t rows, int64_t cols, const float* factor, float scale, int format, void* to);
+  // to [rows][cols] = factor[col] * from [rows][padded cols]; factor null: 1
+  void (*store)(const float* from, int64_t rows, int64_t cols, const float* factor, int format, void* to);
   void (*add)(const float* from, int64_t count, float* to);  // to += from; count: a multiple of 16
 };
 

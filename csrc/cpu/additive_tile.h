@@ -1,14 +1,13 @@
 // Scores of one query and a tile of keys, for one level: what forward and backward share.
 //
 // tanh costs nearly everything: batch * queries * keys * hidden of them, and the rest is their sums. With exp(2q) and
-// exp(2k) known, which takes O(queries + keys), e^(2(q+k)) is one product and tanh(q + k) = 1 - 2r, r = 1 / (1 + e^(2q) e^(2k)).
-// An element then costs a fused multiply-add for the sum 1 + e e, a reciprocal (14 bits and two operations of Newton's
-// step; AVX2: 12 bits and three) and a multiply-add into the score: 4 operations on the ports of fused multiply-adds and
-// one approximate reciprocal, of which the score's own product is one; a polynomial tanh takes some 25 and a division.
-// The derivative 1 - tanh^2 is 4 r (1 - r). Three ways, chosen by the largest |q| of the query and |k| of the tile (and
-// by nothing else, so that no row depends on another):
-//   RATIO   sums below 40, so that products stay finite: as above. Errors are those of numbers of size 1.
-//   SMALL   |k| <= 1/2 as well: tanh = n / (n + 2), n = (e^(2q) - 1) e^(2k) + (e^(2k) - 1): errors shrink with q and k.
+// exp(2k) known, which takes O(queries + keys), tanh(q + k) = n / (n + 2) with n = exp(2q) exp(2k) - 1. An element then
+// costs a multiply-add for n, an addition, an approximate reciprocal (14 bits), three operations that make it the quotient
+// (AVX2: 12 bits, five), and the multiply-add into the score: 5 on the ports of multiply-adds, one addition and one
+// reciprocal, where a polynomial tanh takes some 25 and a division. Three ways, chosen by the largest |q| of the query and
+// |k| of the tile (and by nothing else, so that no row depends on another):
+//   RATIO   their sum is below 40, so that products stay finite: as above. Errors are those of numbers of size 1.
+//   SMALL   |k| <= 1/2 as well: n = (exp(2q) - 1) exp(2k) + (exp(2k) - 1), whose error shrinks with q and k.
 //   WIDE    everything else, NaN and infinities too: tanh of the sum by polynomial and exp. This is the simple kernel.
 // Test: pytest tests/test_additive_attention.py
 #pragma once
@@ -106,7 +105,7 @@ void prepare_queries(const AdditiveArgs& a, int64_t n, int64_t i0, int64_t i1, f
 // Keys j0 <= j < j1 of a sequence, at most ADDITIVE_TILE of them.
 struct Tile {
   float *x, *e, *less_one, *tanh, *v;  // rows of the padded hidden size, and of the padded d_v
-  int64_t padded, padded_v, count;
+  int64_t padded, padded_v;
   float most;  // the largest |k|
 
   Tile(const AdditiveArgs& a, float* work)
@@ -117,21 +116,23 @@ struct Tile {
         v(tanh + ADDITIVE_TILE * additive_padded(a.hidden)),
         padded(additive_padded(a.hidden)),
         padded_v(additive_padded(a.d_v)),
-        count(0),
         most(0.0f) {}
 
   template <class T>
-  void prepare(const AdditiveArgs& a, int64_t n, int64_t j0, int64_t j1) {
-    count = j1 - j0;
+  void prepare_keys(const AdditiveArgs& a, int64_t n, int64_t j0, int64_t j1) {
     most = 0.0f;
-    for (int64_t j = 0; j < count; ++j) {
+    for (int64_t j = 0; j < j1 - j0; ++j) {
       copy_row<T>((const typename T::Element*)a.k + n * a.k_batch + (j0 + j) * a.k_row, a.hidden, x + j * padded);
       const float found = largest(x + j * padded, padded);
       most = found > most ? found : most;
-      if (a.v)
-        copy_row<T>((const typename T::Element*)a.v + n * a.v_batch + (j0 + j) * a.v_row, a.d_v, v + j * padded_v);
     }
-    exponentials_of(x, count * padded, e, less_one);
+    exponentials_of(x, (j1 - j0) * padded, e, less_one);
+  }
+
+  template <class T>
+  void prepare_values(const AdditiveArgs& a, int64_t n, int64_t j0, int64_t j1) {
+    for (int64_t j = j0; j < j1; ++j)
+      copy_row<T>((const typename T::Element*)a.v + n * a.v_batch + j * a.v_row, a.d_v, v + (j - j0) * padded_v);
   }
 
   Way way(const Query& q) const {
@@ -157,7 +158,7 @@ struct Active {
   }
 };
 
-// Scores of four keys. KEEP leaves tanh (RATIO: r) in the tile, which the derivative needs.
+// Scores of four keys. KEEP leaves tanh in the tile, which the derivative needs.
 template <Way WAY, bool KEEP>
 void score_four(const AdditiveArgs& a, const Query& q, const Tile& t, const int64_t (&at)[4], float* scores) {
   const float *x[4], *e[4], *less_one[4];
@@ -170,29 +171,24 @@ void score_four(const AdditiveArgs& a, const Query& q, const Tile& t, const int6
     kept[j] = t.tanh + at[j] * t.padded;
     sums[j] = vset1(0.0f);
   }
-  const float* const w = a.weights + (WAY == Way::RATIO ? t.padded : 0);
-  const vf one = vset1(1.0f), two = vset1(2.0f);
+  const vf minus_one = vset1(-1.0f), two = vset1(2.0f);
   for (int64_t h = 0; h < t.padded; h += LANES) {
-    const vf weight = vload(w + h);
+    const vf weight = vload(a.weights + h);
     const vf mine = vload((WAY == Way::RATIO ? q.e : WAY == Way::SMALL ? q.less_one : q.x) + h);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
       vf found;
-      if constexpr (WAY == Way::RATIO) {
-        found = vrecip(vfma(mine, vload(e[j] + h), one));
-      } else if constexpr (WAY == Way::SMALL) {
-        const vf n = vfma(mine, vload(e[j] + h), vload(less_one[j] + h));
-        found = vmul(n, vrecip(vadd(n, two)));
-      } else {
+      if constexpr (WAY == Way::WIDE) {
         found = vtanh(vadd(mine, vload(x[j] + h)));
+      } else {
+        const vf n = vfma(mine, vload(e[j] + h), WAY == Way::SMALL ? vload(less_one[j] + h) : minus_one);
+        found = vquotient(n, vadd(n, two));
       }
       sums[j] = vfma(weight, found, sums[j]);
       if constexpr (KEEP) vstore(kept[j] + h, found);
     }
   }
   vsum4(sums[0], sums[1], sums[2], sums[3], scores);
-  if constexpr (WAY == Way::RATIO)
-    for (int j = 0; j < 4; ++j) scores[j] += a.w_sum;
 }
 
 // scores [16]: of the active keys by their place in the tile, -inf elsewhere.
