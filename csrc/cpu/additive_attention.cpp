@@ -232,7 +232,7 @@ Gradients backward(const AdditiveTensors& t, const AdditiveArgs& a, const Tensor
   const int64_t bytes = a.format == FORMAT_F32 ? 4 : 2;
   const int64_t work = Floats::room(additive_work_floats(t.hidden, t.d_v));
   const int64_t queries = Floats::room(additive_query_floats(t.hidden, std::min(ADDITIVE_QUERIES, t.queries)));
-  const int64_t keys_here = std::min(chunks.length, t.keys), rows = ADDITIVE_QUERIES * (d_v + 16);
+  const int64_t keys_here = std::min(chunks.length, t.keys), rows = ADDITIVE_QUERIES * additive_row_floats(t.d_v);
   const int64_t mine_floats =
       work + queries + Floats::room(rows) + keys_here * (hidden + d_v) + (cut ? 0 : 2 * per_query);
   auto* const dq = static_cast<uint8_t*>(g.dq.mutable_data_ptr());

@@ -1,6 +1,6 @@
 // Additive attention backward for one level: all queries of a sequence against one chunk of keys.
 //
-//   ds_ij = p_ij (grad_i . v_j - grad_i . out_i)       pointer: grad_ij - p_ij sum_j grad_ij
+//   ds_ij = p_ij grad_i . (v_j - out_i)                pointer: grad_ij - p_ij sum_j grad_ij
 //   dv_j += p_ij grad_i,  dq_i += ds_ij (1 - t^2),  dk_j += ds_ij (1 - t^2),  dw += ds_ij t;  dq and dk times w at the end
 //
 // Method: as in the forward, a tile of keys stays while queries pass; tanh of one query and the tile is computed once,
@@ -46,8 +46,9 @@ void derivative(const Tile& t, const Active& active, const float* ds, float* dq,
   }
 }
 
-// grad_i . v_j for the active keys, by place in the tile.
-void products(const Tile& t, const Active& active, const float* grad, float* dp) {
+// grad_i . (v_j - out_i) for the active keys, by place in the tile. Subtracted first: where one key has all the weight the
+// two products cancel, and their errors would not.
+void products(const Tile& t, const Active& active, const float* grad, const float* out, float* dp) {
   for (int64_t c = 0; c < active.count; c += 4) {
     int64_t at[4];
     float found[4];
@@ -57,27 +58,23 @@ void products(const Tile& t, const Active& active, const float* grad, float* dp)
       sums[j] = vset1(0.0f);
     }
     for (int64_t d = 0; d < t.padded_v; d += LANES) {
-      const vf g = vload(grad + d);
-      for (int j = 0; j < 4; ++j) sums[j] = vfma(g, vload(t.v + at[j] * t.padded_v + d), sums[j]);
+      const vf g = vload(grad + d), o = vload(out + d);
+      for (int j = 0; j < 4; ++j) sums[j] = vfma(g, vsub(vload(t.v + at[j] * t.padded_v + d), o), sums[j]);
     }
     vsum4(sums[0], sums[1], sums[2], sums[3], found);
     for (int j = 0; j < 4; ++j) dp[at[j]] = found[j];
   }
 }
 
-// grad as float32 and what is subtracted from dp: grad_i . out_i, of the pointer the sum of grad_i over the keys it sees.
+// Rows of a block: grad and out as float32; of the pointer the sum of grad_i over the keys that query i sees.
 template <class T>
 void prepare_rows(const AdditiveArgs& a, int64_t n, int64_t i0, int64_t i1, float* rows) {
   const int64_t padded = additive_padded(a.d_v);
   for (int64_t i = i0; i < i1; ++i) {
-    float* const row = rows + (i - i0) * (padded + 16);
-    vf sum = vset1(0.0f);
+    float* const row = rows + (i - i0) * additive_row_floats(a.d_v);
     if (a.v) {
       copy_row<T>((const typename T::Element*)a.grad + n * a.grad_batch + i * a.grad_row, a.d_v, row);
-      const auto* const out = (const typename T::Element*)a.out + (n * a.queries + i) * a.d_v;
-      for_each(a.d_v, [&](int64_t d, const auto& part)
-                          FASTDL_STEP { sum = vfma(vload(row + d), part.template load<T>(out + d), sum); });
-      row[padded] = vsum(sum);
+      copy_row<T>((const typename T::Element*)a.out + (n * a.queries + i) * a.d_v, a.d_v, row + padded);
       continue;
     }
     const float* const grad = (const float*)a.grad + n * a.grad_batch + i * a.grad_row;
@@ -86,7 +83,7 @@ void prepare_rows(const AdditiveArgs& a, int64_t n, int64_t i0, int64_t i1, floa
       const Active active(a, n, i, j0, a.keys - j0 < ADDITIVE_TILE ? a.keys - j0 : ADDITIVE_TILE);
       for (int64_t c = 0; c < active.count; ++c) parts[active.at[c] % LANES] += grad[j0 + active.at[c]];
     }
-    row[padded] = vsum(vload(parts));
+    row[0] = vsum(vload(parts));
   }
 }
 
@@ -121,16 +118,16 @@ void backward(const AdditiveArgs& a, const AdditivePiece& piece, float* queries,
           for (int64_t at = 0; at < tile.padded; at += LANES) vstore(dw + at, vset1(0.0f));
           ready = true;
         }
-        const float* const row = b.rows + (i - i0) * (padded_v + 16);
+        const float* const row = b.rows + (i - i0) * additive_row_floats(a.d_v);
         float scores[16], p[16], ds[16] = {};
         score<true>(a, query_of(queries, i - i0, tile.padded), tile, active, scores);
         decays(scores, most, p);
         for (int j = 0; j < 16; j += LANES) vstore(p + j, vdiv(vload(p + j), vset1(sum)));
         if (a.v) {
-          products(tile, active, row, ds);
+          products(tile, active, row, row + padded_v, ds);
           for (int64_t c = 0; c < active.count; ++c) {
             const int64_t j = active.at[c];
-            ds[j] = p[j] * (ds[j] - row[padded_v]);
+            ds[j] *= p[j];
             float* const to = dv + j * padded_v;
             const vf factor = vset1(p[j]);
             for (int64_t d = 0; d < padded_v; d += LANES) vstore(to + d, vfma(factor, vload(row + d), vload(to + d)));
@@ -139,7 +136,7 @@ void backward(const AdditiveArgs& a, const AdditivePiece& piece, float* queries,
           const float* const grad = (const float*)a.grad + piece.n * a.grad_batch + i * a.grad_row + j0;
           for (int64_t c = 0; c < active.count; ++c) {
             const int64_t j = active.at[c];
-            ds[j] = grad[j] - p[j] * row[padded_v];
+            ds[j] = grad[j] - p[j] * row[0];
           }
         }
         derivative(tile, active, ds, b.dq + i * tile.padded, dk, dw);

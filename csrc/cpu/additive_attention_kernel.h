@@ -49,12 +49,15 @@ static inline int64_t additive_work_floats(int64_t hidden, int64_t d_v) {
   return ADDITIVE_TILE * (4 * additive_padded(hidden) + additive_padded(d_v)) + additive_padded(hidden);
 }
 
+// A query's row in the backward: grad and out, of the pointer one number.
+static inline int64_t additive_row_floats(int64_t d_v) { return d_v > 0 ? 2 * additive_padded(d_v) : 16; }
+
 struct AdditiveBackward {
   float* dq;    // [queries][padded hidden]: of this chunk alone, without the factor w
   float* dk;    // [keys of the chunk][padded hidden]: likewise
   float* dv;    // [keys of the chunk][padded d_v]; null: pointer
   float* dw;    // [padded hidden]: of this chunk alone
-  float* rows;  // [ADDITIVE_QUERIES][padded d_v + 16]: grad and its product with out
+  float* rows;  // [ADDITIVE_QUERIES][additive_row_floats]
 };
 
 struct AdditiveKernels {
