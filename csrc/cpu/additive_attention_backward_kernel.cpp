@@ -16,7 +16,7 @@ namespace fastdl {
 namespace FASTDL_LEVEL {
 namespace {
 
-constexpr int GROUP = 4;  // keys whose derivatives are added up in one pass over the hidden units
+constexpr int GROUP = 8;  // keys whose derivatives are added up in one pass over the hidden units
 
 // dq, dw [padded] and dk of the active keys; ds [ADDITIVE_TILE] by place in the tile.
 void derivative(const Tile& t, const Active& active, const float* ds, float* dq, float* dk, float* dw) {
@@ -33,7 +33,7 @@ void derivative(const Tile& t, const Active& active, const float* ds, float* dq,
     }
     for (int64_t h = 0; h < t.padded; h += LANES) {
       vf q = vset1(0.0f), w = vset1(0.0f);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int j = 0; j < GROUP; ++j) {
         const vf x = vload(kept[j] + h), g = vfma(vsub(vset1(0.0f), x), x, one);
         q = vfma(factor[j], g, q);
@@ -46,34 +46,52 @@ void derivative(const Tile& t, const Active& active, const float* ds, float* dq,
   }
 }
 
-// grad_i . (v_j - out_i) for the active keys, by place in the tile. Subtracted first: where one key has all the weight the
-// two products cancel, and their errors would not.
-void products(const Tile& t, const Active& active, const float* grad, const float* out, float* dp) {
-  for (int64_t c = 0; c < active.count; c += 4) {
-    int64_t at[4];
-    float found[4];
-    vf sums[4];
-    for (int64_t j = 0; j < 4; ++j) {
-      at[j] = active.at[c + j < active.count ? c + j : c];
-      sums[j] = vset1(0.0f);
+// dp [ADDITIVE_TILE] = grad_i . (v_j - out_i). Subtracted first: where one key has all the weight the two products cancel,
+// and their errors would not.
+void products(const Tile& t, const float* grad, const float* out, float* dp) {
+  vf sums[ADDITIVE_TILE];
+#pragma GCC unroll 8
+  for (int j = 0; j < ADDITIVE_TILE; ++j) sums[j] = vset1(0.0f);
+  for (int64_t d = 0; d < t.padded_v; d += LANES) {
+    const vf g = vload(grad + d), o = vload(out + d);
+#pragma GCC unroll 8
+    for (int j = 0; j < ADDITIVE_TILE; ++j) sums[j] = vfma(g, vsub(vload(t.v + j * t.padded_v + d), o), sums[j]);
+  }
+#pragma GCC unroll 2
+  for (int j = 0; j < ADDITIVE_TILE; j += 4) vsum4(sums[j], sums[j + 1], sums[j + 2], sums[j + 3], dp + j);
+}
+
+// dv [ADDITIVE_TILE][padded d_v] += sum over rows i of p_ij grad_i, p [rows][ADDITIVE_TILE].
+void add_outer(const float* p, const float* rows, int64_t count, int64_t row, int64_t padded_v, int64_t keys,
+               float* dv) {
+  for (int64_t d = 0; d < padded_v; d += LANES) {
+    vf sums[ADDITIVE_TILE];
+#pragma GCC unroll 8
+    for (int j = 0; j < ADDITIVE_TILE; ++j) sums[j] = vset1(0.0f);
+    for (int64_t i = 0; i < count; ++i) {
+      const vf g = vload(rows + i * row + d);
+#pragma GCC unroll 8
+      for (int j = 0; j < ADDITIVE_TILE; ++j) sums[j] = vfma(vset1(p[i * ADDITIVE_TILE + j]), g, sums[j]);
     }
-    for (int64_t d = 0; d < t.padded_v; d += LANES) {
-      const vf g = vload(grad + d), o = vload(out + d);
-      for (int j = 0; j < 4; ++j) sums[j] = vfma(g, vsub(vload(t.v + at[j] * t.padded_v + d), o), sums[j]);
-    }
-    vsum4(sums[0], sums[1], sums[2], sums[3], found);
-    for (int j = 0; j < 4; ++j) dp[at[j]] = found[j];
+    vf* const end = sums + keys;
+    float* to = dv + d;
+    for (vf* sum = sums; sum < end; ++sum, to += padded_v) vstore(to, vadd(vload(to), *sum));
   }
 }
 
-// Rows of a block: grad and out as float32; of the pointer the sum of grad_i over the keys that query i sees.
+void clear(float* x, int64_t count) { memset(x, 0, (size_t)count * sizeof(float)); }
+
+// Rows of a block: grad (zeros where a query sees nothing) and out as float32; of the pointer the sum of grad_i over the
+// keys that query i sees.
 template <class T>
 void prepare_rows(const AdditiveArgs& a, int64_t n, int64_t i0, int64_t i1, float* rows) {
   const int64_t padded = additive_padded(a.d_v);
   for (int64_t i = i0; i < i1; ++i) {
     float* const row = rows + (i - i0) * additive_row_floats(a.d_v);
     if (a.v) {
+      const bool blind = a.sum[n * a.queries + i] == 0.0f;
       copy_row<T>((const typename T::Element*)a.grad + n * a.grad_batch + i * a.grad_row, a.d_v, row);
+      if (blind) clear(row, padded);
       copy_row<T>((const typename T::Element*)a.out + (n * a.queries + i) * a.d_v, a.d_v, row + padded);
       continue;
     }
@@ -87,62 +105,67 @@ void prepare_rows(const AdditiveArgs& a, int64_t n, int64_t i0, int64_t i1, floa
   }
 }
 
+// Queries i0 .. i1, prepared in `queries` and b.rows, against the tile at j0. dw: of the tile, cleared here.
+template <class T>
+void backward_tile(const AdditiveArgs& a, int64_t n, int64_t i0, int64_t i1, int64_t j0, int64_t keys, Tile& tile,
+                   const float* queries, const AdditiveBackward& b, float* dk, float* dv, float* dw) {
+  const int64_t row = additive_row_floats(a.d_v);
+  float p[ADDITIVE_QUERIES * ADDITIVE_TILE], ds[ADDITIVE_QUERIES * ADDITIVE_TILE];
+  tile.prepare_keys<T>(a, n, j0, j0 + keys);
+  clear(dw, tile.padded);
+  clear(p, ADDITIVE_QUERIES * ADDITIVE_TILE);
+  if (a.v) {
+    tile.prepare_values<T>(a, n, j0, j0 + keys);
+    for (int64_t i = 0; i < i1 - i0; ++i)
+      products(tile, b.rows + i * row, b.rows + i * row + tile.padded_v, ds + i * ADDITIVE_TILE);
+  }
+  for (int64_t i = i0; i < i1; ++i) {
+    const float most = a.largest[n * a.queries + i], sum = a.sum[n * a.queries + i];
+    const Active active(a, n, i, j0, keys);
+    if (sum == 0.0f || active.count == 0) continue;
+    float scores[16], e[16];
+    float *const mine = p + (i - i0) * ADDITIVE_TILE, *const slope = ds + (i - i0) * ADDITIVE_TILE;
+    score<true>(a, query_of(queries, i - i0, tile.padded), tile, active, scores);
+    decays(scores, most, e);
+    for (int j = 0; j < 16; j += LANES) vstore(e + j, vdiv(vload(e + j), vset1(sum)));
+    const float* const grad = a.v ? nullptr : (const float*)a.grad + n * a.grad_batch + i * a.grad_row + j0;
+    for (int64_t c = 0; c < active.count; ++c) {
+      const int64_t j = active.at[c];
+      mine[j] = e[j];
+      slope[j] = a.v ? e[j] * slope[j] : grad[j] - e[j] * b.rows[(i - i0) * row];
+    }
+    derivative(tile, active, slope, b.dq + i * tile.padded, dk, dw);
+  }
+  if (a.v) add_outer(p, b.rows, i1 - i0, row, tile.padded_v, keys, dv);
+}
+
+// Whether a query of the block attends to a key of the tile.
+bool seen(const AdditiveArgs& a, int64_t n, int64_t i0, int64_t i1, int64_t j0, int64_t keys) {
+  for (int64_t i = i0; i < i1; ++i)
+    if (a.sum[n * a.queries + i] != 0.0f && Active(a, n, i, j0, keys).count > 0) return true;
+  return false;
+}
+
 template <class T>
 void backward(const AdditiveArgs& a, const AdditivePiece& piece, float* queries, float* work,
               const AdditiveBackward& b) {
   Tile tile(a, work);
   float* const dw = tile.v + ADDITIVE_TILE * tile.padded_v;  // of a tile and a block of queries
-  const int64_t keys_here = piece.j1 - piece.j0, padded_v = tile.padded_v;
-  for (int64_t at = 0; at < a.queries * tile.padded; at += LANES) vstore(b.dq + at, vset1(0.0f));
-  for (int64_t at = 0; at < keys_here * tile.padded; at += LANES) vstore(b.dk + at, vset1(0.0f));
-  if (b.dv)
-    for (int64_t at = 0; at < keys_here * padded_v; at += LANES) vstore(b.dv + at, vset1(0.0f));
-  for (int64_t at = 0; at < tile.padded; at += LANES) vstore(b.dw + at, vset1(0.0f));
+  const int64_t keys_here = piece.j1 - piece.j0;
+  clear(b.dq, a.queries * tile.padded);
+  clear(b.dk, keys_here * tile.padded);
+  if (b.dv) clear(b.dv, keys_here * tile.padded_v);
+  clear(b.dw, tile.padded);
   for (int64_t i0 = 0; i0 < a.queries; i0 += ADDITIVE_QUERIES) {
     const int64_t i1 = a.queries - i0 < ADDITIVE_QUERIES ? a.queries : i0 + ADDITIVE_QUERIES;
     prepare_queries<T>(a, piece.n, i0, i1, queries);
     prepare_rows<T>(a, piece.n, i0, i1, b.rows);
     for (int64_t j0 = piece.j0; j0 < piece.j1; j0 += ADDITIVE_TILE) {
-      const int64_t keys = piece.j1 - j0 < ADDITIVE_TILE ? piece.j1 - j0 : ADDITIVE_TILE;
-      float* const dk = b.dk + (j0 - piece.j0) * tile.padded;
-      float* const dv = b.dv ? b.dv + (j0 - piece.j0) * padded_v : nullptr;
-      bool ready = false;
-      for (int64_t i = i0; i < i1; ++i) {
-        const float most = a.largest[piece.n * a.queries + i], sum = a.sum[piece.n * a.queries + i];
-        if (sum == 0.0f) continue;
-        const Active active(a, piece.n, i, j0, keys);
-        if (active.count == 0) continue;
-        if (!ready) {
-          tile.prepare_keys<T>(a, piece.n, j0, j0 + keys);
-          if (a.v) tile.prepare_values<T>(a, piece.n, j0, j0 + keys);
-          for (int64_t at = 0; at < tile.padded; at += LANES) vstore(dw + at, vset1(0.0f));
-          ready = true;
-        }
-        const float* const row = b.rows + (i - i0) * additive_row_floats(a.d_v);
-        float scores[16], p[16], ds[16] = {};
-        score<true>(a, query_of(queries, i - i0, tile.padded), tile, active, scores);
-        decays(scores, most, p);
-        for (int j = 0; j < 16; j += LANES) vstore(p + j, vdiv(vload(p + j), vset1(sum)));
-        if (a.v) {
-          products(tile, active, row, row + padded_v, ds);
-          for (int64_t c = 0; c < active.count; ++c) {
-            const int64_t j = active.at[c];
-            ds[j] *= p[j];
-            float* const to = dv + j * padded_v;
-            const vf factor = vset1(p[j]);
-            for (int64_t d = 0; d < padded_v; d += LANES) vstore(to + d, vfma(factor, vload(row + d), vload(to + d)));
-          }
-        } else {
-          const float* const grad = (const float*)a.grad + piece.n * a.grad_batch + i * a.grad_row + j0;
-          for (int64_t c = 0; c < active.count; ++c) {
-            const int64_t j = active.at[c];
-            ds[j] = grad[j] - p[j] * row[0];
-          }
-        }
-        derivative(tile, active, ds, b.dq + i * tile.padded, dk, dw);
-      }
-      if (ready)
-        for (int64_t at = 0; at < tile.padded; at += LANES) vstore(b.dw + at, vadd(vload(b.dw + at), vload(dw + at)));
+      const int64_t keys = piece.j1 - j0 < ADDITIVE_TILE ? piece.j1 - j0 : ADDITIVE_TILE, at = j0 - piece.j0;
+      if (!seen(a, piece.n, i0, i1, j0, keys)) continue;
+      backward_tile<T>(a, piece.n, i0, i1, j0, keys, tile, queries, b, b.dk + at * tile.padded,
+                       b.dv ? b.dv + at * tile.padded_v : nullptr, dw);
+      for (int64_t h = 0; h < tile.padded; h += LANES) vstore(b.dw + h, vadd(vload(b.dw + h), vload(dw + h)));
     }
   }
 }

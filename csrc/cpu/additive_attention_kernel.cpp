@@ -37,6 +37,18 @@ void add_values(const float* v, int64_t padded_v, const float* e, int64_t keys, 
     count += e[j] != 0.0f;
   }
   if (count == 0) return;
+  if (count == ADDITIVE_TILE) {  // the weights stay in registers
+    vf weight[ADDITIVE_TILE];
+#pragma GCC unroll 8
+    for (int j = 0; j < ADDITIVE_TILE; ++j) weight[j] = vset1(e[j]);
+    for (int64_t d = 0; d < padded_v; d += LANES) {
+      vf sum = vset1(0.0f);
+#pragma GCC unroll 8
+      for (int j = 0; j < ADDITIVE_TILE; ++j) sum = vfma(weight[j], vload(v + j * padded_v + d), sum);
+      vstore(out + d, vadd(vload(out + d), sum));
+    }
+    return;
+  }
   for (int64_t d = 0; d < padded_v; d += LANES) {
     vf sum = vset1(0.0f);
     for (int64_t c = 0; c < count; ++c) sum = vfma(vset1(e[at[c]]), vload(v + at[c] * padded_v + d), sum);

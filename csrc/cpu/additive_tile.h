@@ -133,6 +133,7 @@ struct Tile {
   void prepare_values(const AdditiveArgs& a, int64_t n, int64_t j0, int64_t j1) {
     for (int64_t j = j0; j < j1; ++j)
       copy_row<T>((const typename T::Element*)a.v + n * a.v_batch + j * a.v_row, a.d_v, v + (j - j0) * padded_v);
+    memset(v + (j1 - j0) * padded_v, 0, (size_t)((ADDITIVE_TILE - (j1 - j0)) * padded_v) * sizeof(float));
   }
 
   Way way(const Query& q) const {
