@@ -72,18 +72,27 @@ def allowed_of(shape, *, mask=None, valid_lens=None, chosen=None):
     return allowed
 
 
-def eager(q, k, v, w, *, pointer=False, summed=False, **options):
-    """What one writes with torch, as products or (summed) as sums; rows that see nothing are set afterwards."""
+WAYS = ("products", "sums", "sums reversed")
+
+
+def eager(q, k, v, w, *, pointer=False, way=WAYS[0], **options):
+    """What one writes with torch; rows that see nothing are set afterwards. Gradients of shifted scores are sums that
+    cancel, so what is left of their rounding is taken from several orders of the sums."""
+    flipped = way == WAYS[2]
+    if flipped:
+        k, v = k.flip(1), None if v is None else v.flip(1)
     shape = (*q.shape[:2], k.shape[1])
     allowed = allowed_of(shape, **options).to(q.device)
+    allowed = allowed.flip(2) if flipped else allowed
     t = torch.tanh(q[:, :, None] + k[:, None])
-    s = (t * w).sum(-1) if summed else t @ w
+    s = t @ w if way == WAYS[0] else (t * w).sum(-1)
     blind = ~allowed.any(-1, keepdim=True)
     s = s.masked_fill(~allowed & ~blind, -INF)
     if pointer:
-        return torch.log_softmax(s, -1).masked_fill(~allowed, -INF)
+        logp = torch.log_softmax(s, -1).masked_fill(~allowed, -INF)
+        return logp.flip(2) if flipped else logp
     p = torch.softmax(s, -1).masked_fill(~allowed, 0.0)
-    return (p[..., None] * v[:, None]).sum(2) if summed else p @ v
+    return p @ v if way == WAYS[0] else (p[..., None] * v[:, None]).sum(2)
 
 
 def seen_only(function):
@@ -109,16 +118,13 @@ def small(lane, shape):
 def compare(lane, tensors, options, *, pointer=False):
     if not pointer:
         ours = lambda q, k, v, w: ops.additive_attention(q, k, v, w, **options, backend=lane.backend)  # noqa: E731
-        peers = [lambda *given, way=way: eager(*given, summed=way, **options) for way in (False, True)]
+        peers = [lambda *given, way=way: eager(*given, way=way, **options) for way in WAYS]
         return check(ours, tensors, peer=peers)
     q, k, _, w = tensors
     call = lambda q, k, w: ops.additive_attention(  # noqa: E731
         q, k, None, w, **options, return_pointer=True, backend=lane.backend
     )
-    peers = [
-        seen_only(lambda q, k, w, way=way: eager(q, k, None, w, pointer=True, summed=way, **options))
-        for way in (False, True)
-    ]
+    peers = [seen_only(lambda q, k, w, way=way: eager(q, k, None, w, pointer=True, way=way, **options)) for way in WAYS]
     return check(seen_only(call), (q, k, w), peer=peers)
 
 

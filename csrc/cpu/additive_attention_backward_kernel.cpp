@@ -73,9 +73,9 @@ void add_outer(const float* p, const float* rows, int64_t count, int64_t row, in
 #pragma GCC unroll 8
       for (int j = 0; j < ADDITIVE_TILE; ++j) sums[j] = vfma(vset1(p[i * ADDITIVE_TILE + j]), g, sums[j]);
     }
-    vf* const end = sums + keys;
-    float* to = dv + d;
-    for (vf* sum = sums; sum < end; ++sum, to += padded_v) vstore(to, vadd(vload(to), *sum));
+#pragma GCC unroll 8
+    for (int j = 0; j < ADDITIVE_TILE; ++j)
+      if (j < keys) vstore(dv + j * padded_v + d, vadd(vload(dv + j * padded_v + d), sums[j]));
   }
 }
 
