@@ -147,7 +147,10 @@ def test_contract(lane, shape, pointer):
 @pytest.mark.parametrize("pointer", [False, True], ids=["attention", "pointer"])
 @pytest.mark.parametrize("name", OPTIONS[1:])
 def test_masks_and_lengths(lane, name, pointer):
-    for shape in [(3, 5, 37, 20, 9), (2, 3, 300, 12, 5)]:
+    shapes = [(3, 5, 37, 20, 9), (2, 3, 300, 12, 5)]
+    if lane.name == "emulated cuda" and name != "mask and lens":
+        shapes = shapes[:1]
+    for shape in shapes:
         shape = small(lane, shape)
         for dtype in dtypes_of(lane, OPTIONS.index(name))[:2]:
             options = options_of(name, shape, lane.device)

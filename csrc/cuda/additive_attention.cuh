@@ -157,16 +157,26 @@ template <int Way, int N>
 __device__ __forceinline__ void additive_slice(const AdditiveShared& s, int warp, int lane, int first,
                                                float (&scores)[kAdditiveEach]) {
   constexpr int kRow = Way == kAdditiveWide ? 0 : Way == kAdditiveRatio ? 1 : 2;
-#pragma unroll 8
-  for (int h = 0; h < kAdditiveSlice; ++h) {
-    const AdditiveQuad q = s.q[kRow][h][warp];
-    const float x = Way == kAdditiveWide ? s.k[0][lane][h] : 0.0f, e = Way == kAdditiveWide ? 0.0f : s.k[1][lane][h];
-    const float less_one = Way == kAdditiveSmall ? s.k[2][lane][h] : 0.0f;
+  constexpr int kPiece = 8;
+  float slice[kAdditiveEach] = {};  // sums of sums: smaller errors
 #pragma unroll
-    for (int u = 0; u < kAdditiveEach; ++u)
-      if (N == kAdditiveEach || u == first)
-        scores[u] = fmaf(s.w[h], additive_tanh<Way>(q.at[u], x, e, less_one), scores[u]);
+  for (int h0 = 0; h0 < kAdditiveSlice; h0 += kPiece) {
+    float piece[kAdditiveEach] = {};
+#pragma unroll
+    for (int h = h0; h < h0 + kPiece; ++h) {
+      const AdditiveQuad q = s.q[kRow][h][warp];
+      const float x = Way == kAdditiveWide ? s.k[0][lane][h] : 0.0f, e = Way == kAdditiveWide ? 0.0f : s.k[1][lane][h];
+      const float less_one = Way == kAdditiveSmall ? s.k[2][lane][h] : 0.0f;
+#pragma unroll
+      for (int u = 0; u < kAdditiveEach; ++u)
+        if (N == kAdditiveEach || u == first)
+          piece[u] = fmaf(s.w[h], additive_tanh<Way>(q.at[u], x, e, less_one), piece[u]);
+    }
+#pragma unroll
+    for (int u = 0; u < kAdditiveEach; ++u) slice[u] += piece[u];
   }
+#pragma unroll
+  for (int u = 0; u < kAdditiveEach; ++u) scores[u] += slice[u];
 }
 
 template <int N>

@@ -59,8 +59,8 @@ def _scores(q: Tensor, k: Tensor, w: Tensor, allowed: Tensor | None) -> tuple[Te
 
 
 def _softmax(s: Tensor) -> tuple[Tensor, Tensor]:
-    """p [batch, queries, keys], zero in a row of -inf; statistics [2, batch, queries]: the largest score, and the sum of
-    exp(score - largest), 0 in such a row."""
+    """p [batch, queries, keys], zero in a row of -inf; statistics [2, batch, queries]: the largest score, and the sum
+    of exp(score - largest), 0 in such a row."""
     if not s.shape[-1]:
         return s, torch.stack([s.new_full(s.shape[:-1], -_INF), s.new_zeros(s.shape[:-1])])
     m = s.detach().amax(-1, keepdim=True)
