@@ -97,6 +97,10 @@ _TABLE: dict[str, dict[int, Config]] = {
     "selective_scan_forward": {32: Config(16, 1)},  # rows: states, for which the warps are; more states, more warps
     "selective_scan_backward": {32: Config(16, 1)},
     "linear_scan_carry": {256: Config(1, 1)},
+    "additive_attention_forward": {32: Config(16, 4)},  # block: keys of a tile, rows: hidden units
+    "additive_attention_backward": {32: Config(16, 4)},
+    "additive_attention_merge": {128: Config(1, 1)},
+    "additive_attention_finish": {256: Config(1, 1)},
 }
 
 # Where a class of architectures departs from the table.
