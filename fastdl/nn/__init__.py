@@ -1,6 +1,7 @@
 """Drop-in modules, one file a room."""
 
 from .activation import Activation, GatedMLP
+from .additive_attention import AdditiveAttention, PointerAttention
 from .batch_norm import BatchNorm1d, BatchNorm2d
 from .group_norm import GroupNorm
 from .gru import GRU, GRUCell
@@ -18,6 +19,7 @@ __all__ = [
     "RNN",
     "S4D",
     "Activation",
+    "AdditiveAttention",
     "BatchNorm1d",
     "BatchNorm2d",
     "GRUCell",
@@ -26,6 +28,7 @@ __all__ = [
     "LSTMCell",
     "LayerNorm",
     "Mamba",
+    "PointerAttention",
     "QuantEmbedding",
     "QuantLinear",
     "RMSNorm",
