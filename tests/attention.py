@@ -92,7 +92,12 @@ def seen_by(shape, options, device):
     return seen
 
 
-def whole(shape, options):
+def torchs(shape, options):
+    """torch's two ways: scaled_dot_product_attention, and its own matrix products and softmax."""
+    return [whole(shape, options), whole(shape, options, fused=False)]
+
+
+def whole(shape, options, fused=True):
     """The same with matrices of all scores: torch's scaled_dot_product_attention where it has the option."""
 
     def call(q, k, v, bias=None):
@@ -109,11 +114,12 @@ def whole(shape, options):
         scale = options.get("scale", head_dim**-0.5)
         cap, p, lse = options.get("softcap"), options.get("dropout_p", 0.0), options.get("return_lse")
         additive = add.expand(batch, heads, n_q, n_k).masked_fill(~open_, -torch.inf)
-        if not cap and not p and n_k:
+        fast = fused and not cap and not p and n_k
+        if fast:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=additive, scale=scale)
         scores = scale * (q @ k.transpose(-1, -2))
         scores = (cap * torch.tanh(scores / cap) if cap else scores) + additive
-        if cap or p or not n_k:
+        if not fast:
             weights = torch.softmax(scores, -1)
             if p:
                 torch.manual_seed(SEED)

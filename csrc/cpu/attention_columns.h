@@ -110,9 +110,9 @@ inline void term_row(const AttentionCall& a, const Columns& c, int column, int64
 }
 
 // tile [keys][COLUMNS] of products q . k becomes scores times log2(e). factor: what the products lack of scale (with a
-// cap: of scale / cap).
+// cap: of scale / cap). slope_of_cap [keys][COLUMNS], or null: the cap's derivative.
 inline void apply_options(const AttentionCall& a, const Columns& c, int64_t key, int64_t keys, float factor,
-                          const OptionScratch& s, float* tile) {
+                          const OptionScratch& s, float* tile, float* slope_of_cap = nullptr) {
   const bool inside = key >= c.all_first && key + keys <= c.all_last;
   const bool term = a.bias.data || a.mask.data;
   const bool one = (!a.bias.data || c.one_bias) && (!a.mask.data || c.one_mask);
@@ -131,7 +131,11 @@ inline void apply_options(const AttentionCall& a, const Columns& c, int64_t key,
     for (int64_t j = 0; j < keys; ++j) {
       float* const at = tile + j * COLUMNS + v * LANES;
       vf x = vmul(vload(at), times);
-      if (a.softcap > 0) x = vmul(vtanh(x), cap);
+      if (a.softcap > 0) {
+        const vf t = vtanh(x);
+        if (slope_of_cap) vstore(slope_of_cap + j * COLUMNS + v * LANES, vsub(vset1(1.0f), vmul(t, t)));
+        x = vmul(t, cap);
+      }
       if (term) {
         const vf t = one ? vset1(s.rows[j]) : vload(s.terms + j * COLUMNS + v * LANES);
         x = vselect_le(t, vset1(-FLT_MAX), hidden, vadd(x, t));  // also where x is infinite

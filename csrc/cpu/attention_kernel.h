@@ -42,9 +42,11 @@ struct AttentionCall {
   const void *grad, *result;  // like out
   AttentionStrides grad_at, result_at;
   const float *row_lse, *grad_lse;  // [B, H, n_q]; grad_lse or null
+  float* delta;                     // [B, H, n_q]: sum of grad * result, less grad_lse
   void *dq, *dk, *dv;
   AttentionStrides dq_at, dk_at, dv_at;
-  AttentionTerm dbias;  // float32; data null where it is not wanted, or made by bias_gradient
+  float* dbias;            // added to, with dbias_at's strides, by `backward` where not null, and by `bias_gradient`
+  AttentionTerm dbias_at;  // its data is not used
 };
 
 // One sequence: rows q0 .. q0 + n_q of batch `batch`, keys k0 .. k0 + n_k, for the heads of key head `group`.
@@ -64,8 +66,28 @@ struct AttentionKernels {
                 int64_t parts, void* scratch);
 };
 
-#define FASTDL_DECLARE(variant) \
-  namespace variant { extern const AttentionKernels attention_kernels; }
+struct AttentionBackwardKernels {
+  int64_t columns, keys;
+  int64_t (*bytes)(const AttentionCall& a);
+  // delta of columns first .. first + count.
+  void (*deltas)(const AttentionCall& a, const AttentionSequence& s, int64_t first, int64_t count, void* scratch);
+  // dk and dv of the keys key0 .. key1 (key0 a multiple of `keys`) from all queries, dbias likewise, and what these keys add
+  // to dq: dq_part [blocks of columns][head_dim][columns], without the scale.
+  void (*backward)(const AttentionCall& a, const AttentionSequence& s, int64_t key0, int64_t key1, float* dq_part,
+                   void* scratch);
+  // dq of columns first .. first + count from the parts' sums, which are `stride` floats apart.
+  void (*write_dq)(const AttentionCall& a, const AttentionSequence& s, int64_t first, int64_t count, const float* part,
+                   int64_t parts, int64_t stride);
+  // Adds the gradients of the scores of columns first .. first + count, of one head, and keys key .. key + n to dbias.
+  void (*bias_gradient)(const AttentionCall& a, const AttentionSequence& s, int64_t first, int64_t count, int64_t key,
+                        int64_t n, void* scratch);
+};
+
+#define FASTDL_DECLARE(variant)                         \
+  namespace variant {                                   \
+  extern const AttentionKernels attention_kernels;      \
+  extern const AttentionBackwardKernels attention_backward_kernels; \
+  }
 FASTDL_VECTORS(FASTDL_DECLARE)
 #undef FASTDL_DECLARE
 

@@ -20,17 +20,18 @@ constexpr int ROWS = LANES == 16 ? 8 : 4;
 constexpr float LOG2E = 1.44269504f, LN2 = 0.693147182f;
 constexpr float LOWEST = -126.0f;  // 2^x is a normal number from here on
 
-// 2^x for x <= 126, relative error 1.5e-7; 2^-126 below -126; NaN stays NaN. The polynomial is a minimax fit on [-1/2, 1/2].
+// 2^x for x <= 126, relative error 1e-7; 2^-126 below -126; NaN stays NaN. The polynomial is a minimax fit on [-1/2, 1/2].
 FASTDL_INLINE vf vexp2(vf x) {
   x = vmax(vset1(LOWEST), x);
   const vi n = vround(x);
   const vf r = vsub(x, vcvt(n));
-  vf p = vset1(0.00132764715f);
-  p = vfma(p, r, vset1(0.00967554133f));
-  p = vfma(p, r, vset1(0.0555071327f));
-  p = vfma(p, r, vset1(0.240221197f));
-  p = vfma(p, r, vset1(0.693146967f));
-  p = vfma(p, r, vset1(1.00000007f));
+  vf p = vset1(1.53458110e-4f);
+  p = vfma(p, r, vset1(0.00133999312f));
+  p = vfma(p, r, vset1(0.00961848896f));
+  p = vfma(p, r, vset1(0.0555032878f));
+  p = vfma(p, r, vset1(0.240226469f));
+  p = vfma(p, r, vset1(0.693147206f));
+  p = vfma(p, r, vset1(1.0f));
   return vscale2(p, n);
 }
 
@@ -81,29 +82,31 @@ FASTDL_INLINE void product_tile(const float* a, int64_t row, int64_t step, const
     for (int v = 0; v < V; ++v) vstore(c + i * ldc + v * LANES, sum[i][v]);
 }
 
-template <int V, Start START>
+template <int N, int V, Start START>
 inline void product_rows(const float* a, int64_t row, int64_t step, const float* b, int64_t ldb, int64_t count,
                          float* c, int64_t ldc, int64_t rows, const float* factor) {
   int64_t i = 0;
-  for (; i + ROWS <= rows; i += ROWS)
-    product_tile<ROWS, V, START>(a + i * row, row, step, b, ldb, count, c + i * ldc, ldc, factor);
+  for (; i + N <= rows; i += N)
+    product_tile<N, V, START>(a + i * row, row, step, b, ldb, count, c + i * ldc, ldc, factor);
   for (; i < rows; ++i) product_tile<1, V, START>(a + i * row, row, step, b, ldb, count, c + i * ldc, ldc, factor);
 }
 
+// All rows and vectors: three vectors at a time, four where one would be left over and registers allow it.
 template <Start START>
 inline void product(const float* a, int64_t row, int64_t step, const float* b, int64_t ldb, int64_t count, float* c,
                     int64_t ldc, int64_t rows, int vectors, const float* factor = nullptr) {
-  for (int v = 0; v < vectors; v += 3) {
-    const float* const f = factor ? factor + v * LANES : nullptr;
-    const int here = vectors - v < 3 ? vectors - v : 3;
-    const float* const x = b + v * LANES;
-    float* const y = c + v * LANES;
-    if (here == 3)
-      product_rows<3, START>(a, row, step, x, ldb, count, y, ldc, rows, f);
+  while (vectors > 0) {
+    const int here = LANES == 16 && (vectors == 4 || vectors == 8 || vectors == 16) ? 4 : vectors < 3 ? vectors : 3;
+    if (here == 4)
+      product_rows<6, 4, START>(a, row, step, b, ldb, count, c, ldc, rows, factor);
+    else if (here == 3)
+      product_rows<ROWS, 3, START>(a, row, step, b, ldb, count, c, ldc, rows, factor);
     else if (here == 2)
-      product_rows<2, START>(a, row, step, x, ldb, count, y, ldc, rows, f);
+      product_rows<ROWS, 2, START>(a, row, step, b, ldb, count, c, ldc, rows, factor);
     else
-      product_rows<1, START>(a, row, step, x, ldb, count, y, ldc, rows, f);
+      product_rows<ROWS, 1, START>(a, row, step, b, ldb, count, c, ldc, rows, factor);
+    b += here * LANES, c += here * LANES, vectors -= here;
+    if (START == RESCALE) factor += here * LANES;
   }
 }
 
