@@ -17,6 +17,8 @@ SMALL = (2, 4, 2, 9, 13, 16, 16)
 OPTIONS = {
     "causal": lambda s, device: {"causal": True},
     "scale": lambda s, device: {"scale": 0.3},
+    "scale below 0": lambda s, device: {"scale": -0.2},
+    "scale of 0": lambda s, device: {"scale": 0.0},
     "bias": lambda s, device: {"bias": (s[0], s[1], s[3], s[4])},
     "bias of heads": lambda s, device: {"bias": (1, s[1], s[3], s[4])},
     "bias of keys": lambda s, device: {"bias": (s[0], 1, 1, s[4])},

@@ -16,7 +16,7 @@ F = torch.nn.functional
 SHAPES = [  # batch, heads, kv_heads, n_q, n_k, head_dim, d_v
     (2, 3, 3, 1, 1, 16, 16),
     (2, 4, 2, 5, 7, 16, 16),
-    (1, 3, 1, 1, 129, 64, 64),
+    (4, 3, 1, 1, 129, 64, 64),
     (1, 2, 2, 33, 70, 64, 64),
     (2, 3, 1, 17, 130, 32, 24),
     (1, 2, 1, 66, 64, 128, 128),
@@ -67,9 +67,9 @@ def test_options(lane, name):
 
 @pytest.mark.parametrize("pair", PAIRS, ids=" + ".join)
 def test_pairs(lane, pair):
-    """Every two options together."""
+    """Every two options together; by norm, because a hundred small cases would meet chance."""
     tensors, options = given(SMALL, pair, torch.float32, lane.device)
-    check(ours(lane.backend, options), tensors, peer=torchs(SMALL, options))
+    check(ours(lane.backend, options), tensors, peer=torchs(SMALL, options), norm=True)
 
 
 def test_float32_bias_of_narrow_tensors(lane):

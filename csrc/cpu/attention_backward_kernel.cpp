@@ -14,7 +14,7 @@ namespace FASTDL_LEVEL {
 namespace {
 
 struct BackwardScratch {
-  float *q, *grad;           // [D][COLUMNS], [D_v][COLUMNS]: transposed, q times the scale
+  float *q, *grad;           // [D][COLUMNS], [D_v][COLUMNS]: transposed
   float *q_rows, *do_rows;   // [COLUMNS][D], [COLUMNS][D_v]
   float *p, *ds, *slope;     // [KEYS][COLUMNS]
   float *k, *v, *dk, *dv;    // [KEYS][D], [KEYS][D_v]
@@ -67,12 +67,6 @@ void load_columns(const AttentionCall& a, const AttentionSequence& s, const Colu
   }
   transpose_to_tile(q, c.vectors, d, f.q, COLUMNS);
   transpose_to_tile(grad, c.vectors, dv, f.grad, COLUMNS);
-  const vf scale = vset1(a.softcap > 0 ? a.scale / a.softcap : a.scale * LOG2E);
-  for (int64_t i = 0; i < d; ++i)
-    for (int v = 0; v < c.vectors; ++v) {
-      float* const at = f.q + i * COLUMNS + v * LANES;
-      vstore(at, vmul(vload(at), scale));
-    }
 }
 
 struct KeyRows {
@@ -102,15 +96,17 @@ void score_gradients(const AttentionCall& a, const Columns& c, int64_t key, int6
                      const BackwardScratch& f) {
   product<ZERO>(rows.k, rows.k_stride, 1, f.q, COLUMNS, a.head_dim, f.p, COLUMNS, keys, c.vectors);
   product<ZERO>(rows.v, rows.v_stride, 1, f.grad, COLUMNS, a.d_v, f.ds, COLUMNS, keys, c.vectors);
-  if (has_options(a) || key < c.all_first || key + keys > c.all_last)
-    apply_options(a, c, key, keys, 1.0f, f.options, f.p, a.softcap > 0 ? f.slope : nullptr);
+  const bool options = has_options(a);
+  const float before = a.softcap > 0 ? a.scale / a.softcap : a.scale * LOG2E;
+  if (options || key < c.all_first || key + keys > c.all_last)
+    apply_options(a, c, key, keys, options ? before : 1.0f, f.options, f.p, a.softcap > 0 ? f.slope : nullptr);
   if (a.dropout) dropout_tile(a, c, key, keys, f.options);
-  const vf zero = vset1(0.0f), lowest = vset1(LOWEST);
+  const vf zero = vset1(0.0f), lowest = vset1(LOWEST), times = vset1(options ? 1.0f : before);
   for (int v = 0; v < c.vectors; ++v) {
     const vf lse = vload(f.lse + v * LANES), low = vload(f.low + v * LANES), delta = vload(f.delta + v * LANES);
     for (int64_t j = 0; j < keys; ++j) {
       const int64_t at = j * COLUMNS + v * LANES;
-      const vf t = vsub(vsub(vload(f.p + at), lse), low);
+      const vf t = vsub(vfma(vload(f.p + at), times, vsub(zero, lse)), low);
       vf p = vselect_le(t, lowest, zero, vexp2(t)), dp = vload(f.ds + at);
       if (a.dropout) dp = vmul(dp, vload(f.options.keep + at));
       vstore(f.ds + at, vmul(p, vsub(dp, delta)));

@@ -156,8 +156,9 @@ inline void dropout_tile(const AttentionCall& a, const Columns& c, int64_t key, 
   });
 }
 
+// Whether scores are more than a positive factor times the products q . k.
 FASTDL_INLINE bool has_options(const AttentionCall& a) {
-  return a.softcap > 0 || a.bias.data || a.mask.data || a.slopes;
+  return !(a.scale > 0) || a.softcap > 0 || a.bias.data || a.mask.data || a.slopes;
 }
 
 // Where the elements of a column begin.

@@ -137,10 +137,9 @@ void forward_any(const AttentionCall& a, const AttentionSequence& s, int64_t fir
   set_columns(a, s, first, count, c);
   const ForwardScratch f = forward_scratch(a, memory);
   const int64_t d = a.head_dim, dv = a.d_v, ld = whole(d), ldv = whole(dv);
-  const float size = fabsf(a.scale), sign = a.scale < 0 ? -1.0f : 1.0f;
   const bool options = has_options(a);
-  const float before = a.softcap > 0 ? size / a.softcap : size * LOG2E;  // what makes scores of products
-  const float factor = PAIRS && options ? before : 1.0f, c2 = PAIRS && !options ? before : 1.0f;
+  const float before = a.softcap > 0 ? a.scale / a.softcap : a.scale * LOG2E;  // what makes scores of products
+  const float factor = options ? before : 1.0f, c2 = options ? 1.0f : before;
 
   const float* rows[LANES];
   for (int i = 0; i < LANES; ++i) rows[i] = f.row + i * ld;
@@ -148,12 +147,9 @@ void forward_any(const AttentionCall& a, const AttentionSequence& s, int64_t fir
     for (int i = 0; i < LANES; ++i) {
       const int64_t at = place_of(a.q_at, s, c, v * LANES + i);
       if constexpr (PAIRS) {
-        uint16_t* const to = (uint16_t*)(f.row + i * ld);
-        memcpy(to, (const uint16_t*)a.q + at, (size_t)d * 2);
-        if (sign < 0)
-          for (int64_t k = 0; k < d; ++k) to[k] ^= 0x8000u;
+        memcpy(f.row + i * ld, (const uint16_t*)a.q + at, (size_t)d * 2);
       } else {
-        row_to_floats<T>(a.q, at, d, sign * before, f.row + i * ld);
+        row_to_floats<T>(a.q, at, d, 1.0f, f.row + i * ld);
       }
     }
     transpose_to_tile(rows, 1, PAIRS ? d / 2 : d, f.q + v * LANES, COLUMNS);

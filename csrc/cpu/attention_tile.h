@@ -50,10 +50,18 @@ FASTDL_INLINE void put(void* base, int64_t at, vf v, int64_t n) {
     store_part<T>(p, v, n);
 }
 
-// How the sums of a product start: at 0, at what c holds, or at c times a factor for every lane.
+// What the sums of a product are added to: nothing, what c holds, or c times a factor for every lane. A sum of 128 products
+// is added at once, which rounds less than adding one by one.
 enum Start { ZERO, ADD, RESCALE };
 
-// c[i][lanes] = start + sum_j a[i * row + j * step] * b[j][lanes], N rows i, V vectors; b and c have ldb, ldc floats a row.
+template <Start START>
+FASTDL_INLINE void add_sum(float* c, vf sum, const float* factor, int v) {
+  if (START == ADD) sum = vadd(vload(c), sum);
+  if (START == RESCALE) sum = vfma(vload(c), vload(factor + v * LANES), sum);
+  vstore(c, sum);
+}
+
+// c[i][lanes] = START + sum_j a[i * row + j * step] * b[j][lanes], N rows i, V vectors; b and c have ldb, ldc floats a row.
 template <int N, int V, Start START>
 FASTDL_INLINE void product_tile(const float* a, int64_t row, int64_t step, const float* b, int64_t ldb, int64_t count,
                                 float* c, int64_t ldc, const float* factor) {
@@ -61,10 +69,7 @@ FASTDL_INLINE void product_tile(const float* a, int64_t row, int64_t step, const
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      sum[i][v] = START == ZERO ? vset1(0.0f) : vload(c + i * ldc + v * LANES);
-      if (START == RESCALE) sum[i][v] = vmul(sum[i][v], vload(factor + v * LANES));
-    }
+    for (int v = 0; v < V; ++v) sum[i][v] = vset1(0.0f);
   for (int64_t j = 0; j < count; ++j) {
     vf x[V];
 #pragma GCC unroll 4
@@ -79,7 +84,7 @@ FASTDL_INLINE void product_tile(const float* a, int64_t row, int64_t step, const
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) vstore(c + i * ldc + v * LANES, sum[i][v]);
+    for (int v = 0; v < V; ++v) add_sum<START>(c + i * ldc + v * LANES, sum[i][v], factor, v);
 }
 
 template <int N, int V, Start START>
@@ -120,10 +125,7 @@ FASTDL_INLINE void product_tile_pairs(const uint16_t* a, int64_t row, int64_t st
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      sum[i][v] = START == ZERO ? vset1(0.0f) : vload(c + i * ldc + v * LANES);
-      if (START == RESCALE) sum[i][v] = vmul(sum[i][v], vload(factor + v * LANES));
-    }
+    for (int v = 0; v < V; ++v) sum[i][v] = vset1(0.0f);
   for (int64_t j = 0; j < count; ++j) {
     vb x[V];
 #pragma GCC unroll 4
@@ -136,7 +138,7 @@ FASTDL_INLINE void product_tile_pairs(const uint16_t* a, int64_t row, int64_t st
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) vstore(c + i * ldc + v * LANES, sum[i][v]);
+    for (int v = 0; v < V; ++v) add_sum<START>(c + i * ldc + v * LANES, sum[i][v], factor, v);
 }
 
 template <int V, Start START>
