@@ -40,7 +40,8 @@ FASTDL_INLINE BackwardScratch backward_scratch(const AttentionCall& a, void* mem
   s.p = take(KEYS * COLUMNS), s.ds = take(KEYS * COLUMNS), s.slope = take(KEYS * COLUMNS);
   s.k = take(KEYS * d), s.v = take(KEYS * dv), s.dk = take(KEYS * d), s.dv = take(KEYS * dv);
   s.lse = take(COLUMNS), s.low = take(COLUMNS), s.delta = take(COLUMNS);
-  s.options.rows = take(LANES * KEYS), s.options.terms = take(KEYS * COLUMNS), s.options.keep = take(KEYS * COLUMNS);
+  s.options.row = take(KEYS), s.options.top = take(COLUMNS);
+  s.options.terms = take(KEYS * COLUMNS), s.options.keep = take(KEYS * COLUMNS);
   return s;
 }
 

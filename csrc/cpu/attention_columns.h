@@ -70,43 +70,64 @@ inline void set_columns(const AttentionCall& a, const AttentionSequence& s, int6
 }
 
 struct OptionScratch {
-  float* rows;   // [LANES][KEYS]
+  float* row;    // [KEYS]: a term that all columns share
   float* terms;  // [KEYS][COLUMNS]: bias and mask
   float* keep;   // [KEYS][COLUMNS]: dropout
+  float* top;    // [COLUMNS]: the block's greatest scores
 };
-constexpr int64_t OPTION_FLOATS = LANES * KEYS + 2 * KEYS * COLUMNS;
+constexpr int64_t OPTION_FLOATS = KEYS + 2 * KEYS * COLUMNS + COLUMNS;
 
-// make(column, floats[keys]) for every column, as columns of a tile.
+// make(column, j) are LANES keys from j on of a column; they become columns of a tile.
 template <class Make>
-FASTDL_INLINE void tile_of_rows(const Columns& c, int64_t keys, float* rows, float* tile, const Make& make) {
-  const float* pointers[LANES];
-  for (int i = 0; i < LANES; ++i) pointers[i] = rows + i * KEYS;
-  for (int v = 0; v < c.vectors; ++v) {
-    for (int i = 0; i < LANES; ++i) make(v * LANES + i, rows + i * KEYS);
-    transpose_to_tile(pointers, 1, keys, tile + v * LANES, COLUMNS);
-  }
+FASTDL_INLINE void tile_of_rows(const Columns& c, int64_t keys, float* tile, const Make& make) {
+  for (int v = 0; v < c.vectors; ++v)
+    for (int64_t j = 0; j < keys; j += LANES) {
+      vf square[LANES];
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; ++i) square[i] = make(v * LANES + i, j);
+      vtranspose(square);
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; ++i) vstore(tile + (j + i) * COLUMNS + v * LANES, square[i]);
+    }
 }
 
-// Bias times log2(e) and minus infinity where the mask says so, of one column.
-inline void term_row(const AttentionCall& a, const Columns& c, int column, int64_t key, int64_t keys, float* to) {
+// Bias times log2(e), and minus infinity where the mask says so, of one column and n of LANES keys from `key` on.
+template <class T>
+FASTDL_INLINE vf term_vector(const AttentionCall& a, const Columns& c, int64_t column, int64_t key, int64_t n) {
+  vf t = vset1(0.0f);
   if (a.bias.data) {
-    if (a.bias.key)
-      dispatch(a.bias_format, [&](auto type) { row_to_floats<decltype(type)>(c.bias[column], key, keys, LOG2E, to); });
-    else
-      dispatch(a.bias_format, [&](auto type) {
-        using T = decltype(type);
-        float one[LANES];
-        vstore(one, load_part<T>((const typename T::Element*)c.bias[column], 1));
-        for (int64_t j = 0; j < keys; j += LANES) vstore(to + j, vset1(one[0] * LOG2E));
-      });
-  } else {
-    for (int64_t j = 0; j < keys; j += LANES) vstore(to + j, vset1(0.0f));
+    if (a.bias.key) {
+      t = get<T>(c.bias[column], key, n);
+    } else {
+      float one[LANES];
+      vstore(one, load_part<T>((const typename T::Element*)c.bias[column], 1));
+      t = vset1(one[0]);
+    }
+    t = vmul(t, vset1(LOG2E));
   }
   if (a.mask.data) {
-    const uint8_t* const m = c.mask[column] + key * a.mask.key;
-    const int64_t step = a.mask.key;
-    for (int64_t j = 0; j < keys; ++j) to[j] = m[j * step] ? to[j] : -INFINITY;
+    int8_t bytes[LANES] = {};
+    const int8_t* m = (const int8_t*)c.mask[column] + key * a.mask.key;
+    if (a.mask.key == 0) {
+      memset(bytes, *m, sizeof bytes);
+      m = bytes;
+    } else if (n < LANES) {
+      memcpy(bytes, m, (size_t)n);
+      m = bytes;
+    }
+    t = vselect_le(vabs(vload_i8(m)), vset1(0.5f), vset1(-INFINITY), t);
   }
+  return t;
+}
+
+template <class T>
+void term_tile(const AttentionCall& a, const Columns& c, int64_t key, int64_t keys, bool shared,
+               const OptionScratch& s) {
+  if (shared)
+    for (int64_t j = 0; j < keys; j += LANES) vstore(s.row + j, term_vector<T>(a, c, 0, key + j, keys - j));
+  else
+    tile_of_rows(c, keys, s.terms,
+                 [&](int64_t i, int64_t j) FASTDL_STEP { return term_vector<T>(a, c, i, key + j, keys - j); });
 }
 
 // tile [keys][COLUMNS] of products q . k becomes scores times log2(e). factor: what the products lack of scale (with a
@@ -115,9 +136,8 @@ inline void apply_options(const AttentionCall& a, const Columns& c, int64_t key,
                           const OptionScratch& s, float* tile, float* slope_of_cap = nullptr) {
   const bool inside = key >= c.all_first && key + keys <= c.all_last;
   const bool term = a.bias.data || a.mask.data;
-  const bool one = (!a.bias.data || c.one_bias) && (!a.mask.data || c.one_mask);
-  if (term && one) term_row(a, c, 0, key, keys, s.rows);
-  if (term && !one) tile_of_rows(c, keys, s.rows, s.terms, [&](int i, float* to) { term_row(a, c, i, key, keys, to); });
+  const bool shared = (!a.bias.data || c.one_bias) && (!a.mask.data || c.one_mask);
+  if (term) dispatch(a.bias_format, [&](auto type) { term_tile<decltype(type)>(a, c, key, keys, shared, s); });
   for (int v = 0; v < c.vectors; ++v) {
     float low_[LANES], high_[LANES], place_[LANES];
     for (int i = 0; i < LANES; ++i) {  // relative to the block: small integers, exact in float32
@@ -128,6 +148,7 @@ inline void apply_options(const AttentionCall& a, const Columns& c, int64_t key,
     }
     const vf low = vload(low_), high = vload(high_), place = vload(place_), slope = vload(c.slope + v * LANES);
     const vf cap = vset1(a.softcap * LOG2E), times = vset1(factor), hidden = vset1(-INFINITY);
+    vf top = hidden;
     for (int64_t j = 0; j < keys; ++j) {
       float* const at = tile + j * COLUMNS + v * LANES;
       vf x = vmul(vload(at), times);
@@ -137,22 +158,23 @@ inline void apply_options(const AttentionCall& a, const Columns& c, int64_t key,
         x = vmul(t, cap);
       }
       if (term) {
-        const vf t = one ? vset1(s.rows[j]) : vload(s.terms + j * COLUMNS + v * LANES);
+        const vf t = shared ? vset1(s.row[j]) : vload(s.terms + j * COLUMNS + v * LANES);
         x = vselect_le(t, vset1(-FLT_MAX), hidden, vadd(x, t));  // also where x is infinite
       }
       const vf number = vset1((float)j);
       if (a.slopes) x = vsub(x, vmul(slope, vabs(vsub(place, number))));
       if (!inside) x = vselect_le(low, number, vselect_le(number, high, x, hidden), hidden);
+      top = vmax(top, x);
       vstore(at, x);
     }
+    vstore(s.top + v * LANES, top);
   }
 }
 
 // keep [keys][COLUMNS]: 0 or 1 / (1 - p)
 inline void dropout_tile(const AttentionCall& a, const Columns& c, int64_t key, int64_t keys, const OptionScratch& s) {
-  tile_of_rows(c, keys, s.rows, s.keep, [&](int i, float* to) {
-    for (int64_t j = 0; j < keys; j += LANES)
-      vstore(to + j, dropout(a.seed, (int64_t)(c.drop[i] + (uint64_t)(key + j)), a.p, a.keep_scale));
+  tile_of_rows(c, keys, s.keep, [&](int64_t i, int64_t j) FASTDL_STEP {
+    return dropout(a.seed, (int64_t)(c.drop[i] + (uint64_t)(key + j)), a.p, a.keep_scale);
   });
 }
 

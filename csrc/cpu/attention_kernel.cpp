@@ -43,27 +43,32 @@ FASTDL_INLINE ForwardScratch forward_scratch(const AttentionCall& a, void* memor
   s.top = take(COLUMNS), s.sum = take(COLUMNS), s.rescale = take(COLUMNS);
   s.row = take(LANES * d);
   s.pairs = (uint32_t*)take(KEYS / 2 * COLUMNS);
-  s.options.rows = take(LANES * KEYS), s.options.terms = take(KEYS * COLUMNS), s.options.keep = take(KEYS * COLUMNS);
+  s.options.row = take(KEYS), s.options.top = take(COLUMNS);
+  s.options.terms = take(KEYS * COLUMNS), s.options.keep = take(KEYS * COLUMNS);
   return s;
 }
 
 int64_t forward_bytes(const AttentionCall& a) { return forward_floats(a) * (int64_t)sizeof(float); }
 
-// Scores [keys][COLUMNS] of base 2 (times c) to probabilities, and what they change in the sums so far. keep: dropout's
-// factors or null. pairs: where two keys' probabilities go as bfloat16, or null: they replace the scores.
+FASTDL_INLINE vf greatest(const float* x, int64_t keys) {
+  vf top[4];
+  for (int i = 0; i < 4; ++i) top[i] = vset1(-INFINITY);
+  int64_t j = 0;
+  for (; j + 4 <= keys; j += 4)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) top[i] = vmax(top[i], vload(x + (j + i) * COLUMNS));
+  for (; j < keys; ++j) top[0] = vmax(top[0], vload(x + j * COLUMNS));
+  return vmax(vmax(top[0], top[1]), vmax(top[2], top[3]));
+}
+
+// Scores [keys][COLUMNS] of base 2 (times c) to probabilities, and what they change in the sums so far. known: options.top
+// holds the greatest. keep: dropout's factors or null. pairs: where two keys' probabilities go as bfloat16, or null: they replace the scores.
 template <bool PAIRS>
-inline void softmax_block(const ForwardScratch& s, int vectors, int64_t keys, float c, const float* keep) {
+inline void softmax_block(const ForwardScratch& s, int vectors, int64_t keys, float c, bool known, const float* keep) {
   const vf times = vset1(c), zero = vset1(0.0f), lowest = vset1(LOWEST);
   for (int v = 0; v < vectors; ++v) {
     float* const x = s.scores + v * LANES;
-    vf top[4];
-    for (int i = 0; i < 4; ++i) top[i] = vset1(-INFINITY);
-    int64_t j = 0;
-    for (; j + 4 <= keys; j += 4)
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) top[i] = vmax(top[i], vload(x + (j + i) * COLUMNS));
-    for (; j < keys; ++j) top[0] = vmax(top[0], vload(x + j * COLUMNS));
-    const vf block = vmax(vmax(top[0], top[1]), vmax(top[2], top[3]));
+    const vf block = known ? vload(s.options.top + v * LANES) : greatest(x, keys);
     const vf old = vload(s.top + v * LANES), now = vmax(old, vmul(block, times));
     const vf safe = vselect_le(now, vset1(-FLT_MAX), zero, now);  // so far nothing was seen: no -inf - -inf
     const vf shift = vexp2(vsub(old, safe)), less = vsub(zero, safe);
@@ -74,7 +79,8 @@ inline void softmax_block(const ForwardScratch& s, int vectors, int64_t keys, fl
     const auto kept = [&](vf p, int64_t j)
                           FASTDL_STEP { return keep ? vmul(p, vload(keep + j * COLUMNS + v * LANES)) : p; };
     vf sums[2] = {zero, zero};
-    for (j = 0; j + 2 <= keys; j += 2) {
+    int64_t j = 0;
+    for (; j + 2 <= keys; j += 2) {
       const vf even = probability(j), odd = probability(j + 1);
       sums[0] = vadd(sums[0], even);
       sums[1] = vadd(sums[1], odd);
@@ -175,10 +181,10 @@ void forward_any(const AttentionCall& a, const AttentionSequence& s, int64_t fir
       }
       product<ZERO>(k, stride, 1, f.q, COLUMNS, d, f.scores, COLUMNS, keys, c.vectors);
     }
-    if (options || key < c.all_first || key + keys > c.all_last)
-      apply_options(a, c, key, keys, factor, f.options, f.scores);
+    const bool changed = options || key < c.all_first || key + keys > c.all_last;
+    if (changed) apply_options(a, c, key, keys, factor, f.options, f.scores);
     if (a.dropout) dropout_tile(a, c, key, keys, f.options);
-    softmax_block<PAIRS>(f, c.vectors, keys, c2, a.dropout ? f.options.keep : nullptr);
+    softmax_block<PAIRS>(f, c.vectors, keys, c2, changed, a.dropout ? f.options.keep : nullptr);
     if constexpr (PAIRS) {
 #if defined(FASTDL_NATIVE_BF16)
       uint32_t* const pairs = (uint32_t*)f.v;
