@@ -5,18 +5,16 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <atomic>
 #include <vector>
 
 #include "common/attention_tensors.h"
-#include "common/parallel.h"
 #include "cpu/attention_kernel.h"
+#include "cpu/items.h"
 
 namespace fastdl {
 namespace {
 
-constexpr int64_t PART = 1024;      // keys of a part
-constexpr int64_t ALONE = 1 << 19;  // multiply-adds; waking up a second thread costs more than so few take
+constexpr int64_t PART = 1024;  // keys of a part
 
 const AttentionKernels& attention_table() {
   switch (cpu_vectors()) {
@@ -75,19 +73,6 @@ struct Item {
   int64_t first, count, key0, key1;
   float* partial;
 };
-
-// body(item, scratch) for every item, in their order, on as many threads as there is work for.
-template <class Body>
-void for_items(int64_t items, int64_t work, int64_t scratch_bytes, const Body& body) {
-  const int threads = work < ALONE ? 1 : static_cast<int>(std::min<int64_t>(thread_count(), items));
-  const int64_t bytes = padded(scratch_bytes);
-  const Tensor memory = allocate_bytes(std::max(1, threads) * bytes);
-  uint8_t* const scratch = first_byte(memory);
-  std::atomic<int64_t> next{0};
-  parallel_region(threads, [&](int thread, int) {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) body(i, scratch + thread * bytes);
-  });
-}
 
 std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, const Tensor& v,
                                              const OptionalTensor& bias, const OptionalTensor& mask,

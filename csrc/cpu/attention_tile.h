@@ -39,7 +39,7 @@ FASTDL_INLINE vf vexp2(vf x) {
 template <class T>
 FASTDL_INLINE vf get(const void* base, int64_t at, int64_t n) {
   const auto* p = (const typename T::Element*)base + at;
-  return n >= LANES ? T::load(p) : load_part<T>(p, n);
+  return n >= LANES ? T::load(p) : load_part<T>(p, n & (LANES - 1));  // the mask: gcc does not see that n is small
 }
 template <class T>
 FASTDL_INLINE void put(void* base, int64_t at, vf v, int64_t n) {

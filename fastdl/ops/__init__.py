@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from .activation import activation, geglu, swiglu
 from .attention import attention
+from .attention_decode import attention_decode
 from .batch_norm import batch_norm
 from .decoder_block import DecoderLayer, DecoderStack, decoder_blocks
 from .group_norm import group_norm
@@ -49,6 +50,7 @@ ROOMS: dict[str, Room] = {
     "selective_scan": Room(("selective_scan",), ("cpu", "cuda", "triton"), ("Mamba",)),
     "rope": Room(("rope", "rope_table")),
     "attention": Room(("attention",), ("cpu",)),
+    "attention_decode": Room(("attention_decode",), ("cpu",)),
     "activation": Room(("activation", "swiglu", "geglu"), ("cpu", "cuda", "triton"), ("Activation", "GatedMLP")),
 }
 
@@ -59,6 +61,7 @@ __all__ = [
     "Room",
     "activation",
     "attention",
+    "attention_decode",
     "auto_activation",
     "batch_norm",
     "decoder_blocks",

@@ -69,20 +69,15 @@ def check_call(
         if shape in (tuple(lead), (*lead, n_q)):
             valid_lens = valid_lens.reshape(batch, *shape[len(lead) :])
     lens = check_valid_lens(valid_lens, batch, n_q, n_k, q.device)
-    left, right = _window(window)
-    if causal:
-        right = 0 if right < 0 else min(right, 0)
+    left, right = check_window(window, causal)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     check_number("scale", scale)
-    if softcap is not None:
-        check_number("softcap", softcap)
-        if not softcap > 0:
-            raise ValueError(f"softcap: expected a number > 0, or None for no cap, got {softcap}")
+    softcap = check_softcap(softcap)
     check_number("dropout_p", dropout_p)
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p: expected 0 <= p <= 1, got {dropout_p}")
-    slopes = _slopes(alibi_slopes, batch, heads, q.device)
+    slopes = check_slopes(alibi_slopes, batch, heads, q.device)
     narrow = autocast_dtype(q)
     if narrow is not None:
         q, k, v = (t.to(narrow) for t in (q, k, v))
@@ -99,7 +94,7 @@ def check_call(
         slopes,
         float(dropout_p),
         float(scale),
-        float(softcap or 0.0),
+        softcap,
         left,
         right,
     )
@@ -151,17 +146,28 @@ def check_cu_seqlens(name: str, value: Tensor, total: int, device: torch.device)
     return value.to(device, torch.int32, non_blocking=True).contiguous()
 
 
-def _window(window: tuple[int, int] | None) -> tuple[int, int]:
+def check_softcap(softcap: float | None) -> float:
+    """0.0 for no cap"""
+    if softcap is None:
+        return 0.0
+    check_number("softcap", softcap)
+    if not softcap > 0:
+        raise ValueError(f"softcap: expected a number > 0, or None for no cap, got {softcap}")
+    return float(softcap)
+
+
+def check_window(window: tuple[int, int] | None, causal: bool) -> tuple[int, int]:
+    """left and right as the ops take them; causal: nothing to the right"""
     if window is None:
-        return -1, -1
+        return -1, 0 if causal else -1
     if not isinstance(window, (tuple, list)) or len(window) != 2 or not all(isinstance(n, int) for n in window):
         raise TypeError(f"window: expected (left, right), two ints, got {window!r}")
     if min(window) < -1:
         raise ValueError(f"window: expected numbers of keys, or -1 for no limit, got {tuple(window)}")
-    return tuple(window)
+    return window[0], 0 if causal else window[1]
 
 
-def _slopes(slopes: Tensor | None, batch: int, heads: int, device: torch.device) -> Tensor | None:
+def check_slopes(slopes: Tensor | None, batch: int, heads: int, device: torch.device) -> Tensor | None:
     """float32 [1 or batch, heads]"""
     if slopes is None:
         return None

@@ -67,7 +67,7 @@ def heads_inside(q: Tensor) -> bool:
     return q.shape[1] > 1 and q.shape[2] > 1 and q.stride(1) < q.stride(2)
 
 
-def _laid_out(y: Tensor, q: Tensor) -> Tensor:
+def laid_out(y: Tensor, q: Tensor) -> Tensor:
     """y with the memory order of output_like(q)."""
     return y.transpose(1, 2).contiguous().transpose(1, 2) if heads_inside(q) else y.contiguous()
 
@@ -195,7 +195,7 @@ def attention_forward(
         sums.append(lse.flatten(1, 2))
     out = torch.cat(outs, 2) if outs else q.new_zeros(*q.shape[:3], v.shape[3], dtype=wide)
     lse = torch.cat(sums, 2) if sums else q.new_full(q.shape[:3], -torch.inf, dtype=wide)
-    return _laid_out(out.to(q.dtype), q), lse
+    return laid_out(out.to(q.dtype), q), lse
 
 
 def _kept(p: float) -> float:
@@ -274,5 +274,5 @@ def attention_backward(
         if dbias is not None:
             _part(_part(dbias, 2, chunk.rows), 3, chunk.keys).add_(results[3])
     dq = torch.cat(parts, 2) if parts else torch.zeros_like(q, dtype=wide)
-    dq, dk, dv = (_laid_out(d.to(t.dtype), t) for d, t in ((dq, q), (dk, k), (dv, v)))
+    dq, dk, dv = (laid_out(d.to(t.dtype), t) for d, t in ((dq, q), (dk, k), (dv, v)))
     return dq, dk, dv, q.new_empty(0, dtype=wide) if dbias is None else dbias
