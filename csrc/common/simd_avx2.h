@@ -57,6 +57,12 @@ FASTDL_INLINE void vstore_pairs(float* p, vf first, vf second) {
   vstore(p, _mm256_unpacklo_ps(first, second));
   vstore(p + LANES, _mm256_unpackhi_ps(first, second));
 }
+// Lane i of the result: the sum of the lanes of r[i].
+FASTDL_INLINE vf vsum_rows(const vf r[8]) {
+  const vf a = _mm256_hadd_ps(_mm256_hadd_ps(r[0], r[1]), _mm256_hadd_ps(r[2], r[3]));
+  const vf b = _mm256_hadd_ps(_mm256_hadd_ps(r[4], r[5]), _mm256_hadd_ps(r[6], r[7]));
+  return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+}
 // r[i][j] and r[j][i] change places: 8 rows of 8.
 FASTDL_INLINE void vtranspose(vf r[8]) {
   vf t[8];

@@ -76,6 +76,12 @@ FASTDL_INLINE void vstore_pairs(float* p, vf first, vf second) {
     p[2 * i + 1] = second[i];
   }
 }
+// Lane i of the result: the sum of the lanes of r[i].
+FASTDL_INLINE vf vsum_rows(const vf r[LANES]) {
+  vf sums;
+  for (int i = 0; i < LANES; ++i) sums[i] = vsum(r[i]);
+  return sums;
+}
 // r[i][j] and r[j][i] change places.
 FASTDL_INLINE void vtranspose(vf r[LANES]) {
   for (int i = 0; i < LANES; ++i)

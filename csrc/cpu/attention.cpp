@@ -104,8 +104,8 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, c
     }
   }
   const int64_t part_floats = (a.d_v + 2) * kernels.columns;
-  const Tensor memory = allocate_bytes(parts * part_floats * 4);
-  float* partial = reinterpret_cast<float*>(first_byte(memory));
+  const Scratch memory(parts * part_floats * 4);
+  float* partial = reinterpret_cast<float*>(memory.data);
   std::vector<const Item*> merged;
   for (Item& item : items)
     if (item.key0 > 0 || item.key1 < item.sequence->n_k) {
@@ -231,8 +231,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
                         parts, count * block});
     floats += parts * count * block;
   }
-  const Tensor memory = allocate_bytes((floats + t.rows()) * 4);
-  float* at = reinterpret_cast<float*>(first_byte(memory));
+  const Scratch memory((floats + t.rows()) * 4);
+  float* at = reinterpret_cast<float*>(memory.data);
   a.delta = at, at += t.rows();
   for (size_t i = 0, j = 0; j < blocks.size();) {
     const AttentionSequence* const s = blocks[j].sequence;

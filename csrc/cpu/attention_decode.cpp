@@ -71,8 +71,8 @@ std::tuple<Tensor, Tensor> attention_decode(const Tensor& q, const OptionalTenso
     work += total * t.heads * t.n_q * (t.head_dim + t.d_v);
   }
   const int64_t each = kernels.part_floats(a);
-  const Tensor memory = allocate_bytes(places * each * 4);
-  float* const sums = reinterpret_cast<float*>(first_byte(memory));
+  const Scratch memory(places * each * 4);
+  float* const sums = reinterpret_cast<float*>(memory.data);
   const int64_t heads = static_cast<int64_t>(whole.size());
   if (t.n_new)
     for_items(heads, heads * t.n_new * (t.head_dim + t.d_v), 0, [&](int64_t i, void*) {

@@ -1,8 +1,8 @@
 // Attention of a few queries over a cache for one level.
 //
 // Method: the heads that share a key head are up to 4 queries that pass every key together, so that a row of the cache is
-// read and converted once. Scores of LANES keys come from products in the lanes of head_dim, whose sums are formed by turning
-// LANES vectors; outputs lie in registers while the values stream by. Parts of 512 keys are merged in order.
+// read and converted once. Scores of LANES keys come from products in the lanes of head_dim, whose sums are formed for LANES keys
+// at once; outputs lie in registers while the values stream by. Parts of 512 keys are merged in order.
 //
 // Floor: the bytes of the cache over the bandwidth of the memory or cache that holds it.
 //
@@ -133,29 +133,43 @@ int64_t scratch_bytes(const DecodeCall& a) {
   return (TOGETHER * (whole(a.head_dim) + PART) + 2 * PART * (int64_t)(sizeof(void*) / sizeof(float))) * 4;
 }
 
-// M queries against `keys` keys from position key0 on; q [M][whole(head_dim)], s [M][PART].
+// M queries against `keys` keys; q [M][whole(head_dim)], s [M][PART]. Some keys at once, so that a vector of q is loaded for
+// all of them.
 template <class T, int M>
 void scores_of(const uint8_t* const* rows, int64_t keys, int64_t d, const float* q, float* s) {
-  const int64_t ld = whole(d);
+  constexpr int SOME = LANES == 16 ? 4 : 2;
+  const int64_t ld = whole(d), even = d / LANES * LANES;
   for (int64_t j = 0; j < keys; j += LANES) {
     vf sum[M][LANES];
-    const int64_t n = keys - j < LANES ? keys - j : LANES;
-    for (int64_t i = 0; i < LANES; ++i) {
-      vf dot[M];
-      for (int m = 0; m < M; ++m) dot[m] = vset1(0.0f);
-      const uint8_t* const row = rows[j + (i < n ? i : n - 1)];
-      for (int64_t k = 0; k < d; k += LANES) {
-        const vf x = Row<T>::load(row, k, d);
-        for (int m = 0; m < M; ++m) dot[m] = vfma(x, vload(q + m * ld + k), dot[m]);
+    const int64_t last = keys - 1;
+    for (int i = 0; i < LANES; i += SOME) {
+      vf dot[M][SOME];
+      const uint8_t* row[SOME];
+#pragma GCC unroll 4
+      for (int n = 0; n < SOME; ++n) {
+        row[n] = rows[j + i + n < last ? j + i + n : last];
+#pragma GCC unroll 4
+        for (int m = 0; m < M; ++m) dot[m][n] = vset1(0.0f);
       }
-      for (int m = 0; m < M; ++m) sum[m][i] = dot[m];
+      const auto step = [&](int64_t k, int64_t end) FASTDL_STEP {
+        vf x[SOME];
+#pragma GCC unroll 4
+        for (int n = 0; n < SOME; ++n) x[n] = Row<T>::load(row[n], k, end);
+#pragma GCC unroll 4
+        for (int m = 0; m < M; ++m) {
+          const vf y = vload(q + m * ld + k);
+#pragma GCC unroll 4
+          for (int n = 0; n < SOME; ++n) dot[m][n] = vfma(x[n], y, dot[m][n]);
+        }
+      };
+      for (int64_t k = 0; k < even; k += LANES) step(k, k + LANES);
+      if (even < d) step(even, d);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+        for (int n = 0; n < SOME; ++n) sum[m][i + n] = dot[m][n];
     }
-    for (int m = 0; m < M; ++m) {
-      vtranspose(sum[m]);
-      for (int step = LANES / 2; step > 0; step /= 2)
-        for (int i = 0; i < step; ++i) sum[m][i] = vadd(sum[m][i], sum[m][i + step]);
-      vstore(s + m * PART + j, sum[m][0]);
-    }
+    for (int m = 0; m < M; ++m) vstore(s + m * PART + j, vsum_rows(sum[m]));
   }
 }
 
@@ -172,7 +186,7 @@ void outputs_of(const uint8_t* const* rows, int64_t keys, int64_t dv, const floa
       for (int64_t j = 0; j < keys; ++j) {
         vf x[V];
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) x[v] = Row<T>::load(rows[j], k + v * LANES, dv);
+        for (int v = 0; v < V; ++v) x[v] = Row<T>::load(rows[j], k + v * LANES, k + (v + 1) * LANES);
 #pragma GCC unroll 4
         for (int m = 0; m < M; ++m) {
           const vf p = vset1(s[m * PART + j]);
@@ -235,11 +249,17 @@ void part(const DecodeCall& a, int64_t b, int64_t group, int64_t index, float* s
   const uint8_t** const k = (const uint8_t**)(s + TOGETHER * PART);
   const uint8_t** const v = k + PART;
   const int64_t end = total(a, b), key0 = index * PART, keys = end - key0 < PART ? end - key0 : PART;
-  int64_t known = 0;  // a table with a hole ends the part
-  for (; known < keys; ++known) {
-    k[known] = position_of(a, a.k, b, group, key0 + known);
-    v[known] = position_of(a, a.v, b, group, key0 + known);
-    if (!k[known] || !v[known]) break;
+  int64_t known = 0;
+  while (known < keys) {  // block by block; a table with a hole ends the part
+    const uint8_t* const first_k = position_of(a, a.k, b, group, key0 + known);
+    const uint8_t* const first_v = position_of(a, a.v, b, group, key0 + known);
+    if (!first_k || !first_v) break;
+    const int64_t left = a.block - (key0 + known) % a.block, run = left < keys - known ? left : keys - known;
+    for (int64_t i = 0; i < run; ++i) {
+      k[known + i] = first_k + i * a.k.position;
+      v[known + i] = first_v + i * a.v.position;
+    }
+    known += run;
   }
   for (int64_t first = 0; first < queries; first += TOGETHER) {
     const int count = (int)(queries - first < TOGETHER ? queries - first : TOGETHER);

@@ -6,6 +6,7 @@
 
 #include "common/parallel.h"
 #include "common/tensor.h"
+#include "cpu/scratch.h"
 
 namespace fastdl {
 
@@ -17,8 +18,8 @@ template <class Body>
 void for_items(int64_t items, int64_t work, int64_t scratch_bytes, const Body& body) {
   const int threads = work < ITEMS_ALONE ? 1 : static_cast<int>(std::min<int64_t>(thread_count(), items));
   const int64_t bytes = padded(scratch_bytes);
-  const Tensor memory = allocate_bytes(std::max(1, threads) * bytes);
-  uint8_t* const scratch = first_byte(memory);
+  const Scratch memory(std::max(1, threads) * bytes);
+  uint8_t* const scratch = memory.data;
   std::atomic<int64_t> next{0};
   parallel_region(threads, [&](int thread, int) {
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) body(i, scratch + thread * bytes);
