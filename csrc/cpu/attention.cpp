@@ -45,6 +45,7 @@ AttentionCall call_of(const AttentionTensors& t, const Tensor& q, double p, doub
   a.dropout = t.seed != nullptr;
   a.seed = t.seed ? static_cast<uint64_t>(*t.seed) : 0;
   a.format = float_format(q, "q: expected float32, float16 or bfloat16");
+  a.key_format = a.format;
   a.bias_format = t.bias_is_float ? FORMAT_F32 : a.format;
   return a;
 }

@@ -307,7 +307,7 @@ void merge(const DecodeCall& a, int64_t b, int64_t group, const float* sums, int
     const float safe = top == -INFINITY ? 0.0f : top;
     for (int64_t n = 0; n < parts; ++n) sum += at[n * stride + wide + 1] * exp2f(at[n * stride + wide] - safe);
     const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-    a.lse[(b * a.heads + head) * a.n_q + t] = sum == 0.0f ? -INFINITY : top * LN2 + logf(sum);
+    if (a.lse) a.lse[(b * a.heads + head) * a.n_q + t] = sum == 0.0f ? -INFINITY : top * LN2 + logf(sum);
     dispatch(a.format, [&](auto type) {
       for (int64_t k = 0; k < a.d_v; k += LANES) {
         vf x = vset1(0.0f);

@@ -35,7 +35,7 @@ struct DecodeCall {
   float scale, softcap;
   void* out;  // [B, H, n_q, D_v]
   DecodeStrides out_at;
-  float* lse;  // [B, H, n_q]
+  float* lse;  // [B, H, n_q], or null
 };
 
 struct DecodeKernels {

@@ -120,7 +120,7 @@ void write_out(const AttentionCall& a, const AttentionSequence& s, const Columns
       const int64_t column = v * LANES + i;
       const float sum = f.sum[column];
       inverse[i] = sum == 0.0f ? 0.0f : 1.0f / sum;
-      if (column < c.count)
+      if (a.lse && column < c.count)
         a.lse[(s.batch * a.heads + c.head[column]) * a.n_q + s.q0 + c.row[column]] =
             sum == 0.0f ? -INFINITY : f.top[column] * LN2 + logf(sum);
     }
@@ -135,7 +135,7 @@ void write_out(const AttentionCall& a, const AttentionSequence& s, const Columns
   }
 }
 
-// PAIRS: bfloat16 in pairs. T: the tensors' type.
+// PAIRS: bfloat16 in pairs. T: the type of keys and values.
 template <class T, bool PAIRS>
 void forward_any(const AttentionCall& a, const AttentionSequence& s, int64_t first, int64_t count, int64_t key0,
                  int64_t key1, float* partial, void* memory) {
@@ -155,7 +155,7 @@ void forward_any(const AttentionCall& a, const AttentionSequence& s, int64_t fir
       if constexpr (PAIRS) {
         memcpy(f.row + i * ld, (const uint16_t*)a.q + at, (size_t)d * 2);
       } else {
-        row_to_floats<T>(a.q, at, d, 1.0f, f.row + i * ld);
+        dispatch(a.format, [&](auto type) { row_to_floats<decltype(type)>(a.q, at, d, 1.0f, f.row + i * ld); });
       }
     }
     transpose_to_tile(rows, 1, PAIRS ? d / 2 : d, f.q + v * LANES, COLUMNS);
@@ -214,17 +214,17 @@ void forward_any(const AttentionCall& a, const AttentionSequence& s, int64_t fir
     memcpy(partial + dv * COLUMNS, f.top, (size_t)COLUMNS * sizeof(float));
     memcpy(partial + (dv + 1) * COLUMNS, f.sum, (size_t)COLUMNS * sizeof(float));
   } else {
-    write_out<T>(a, s, c, f);
+    dispatch(a.format, [&](auto type) { write_out<decltype(type)>(a, s, c, f); });
   }
 }
 
 void forward(const AttentionCall& a, const AttentionSequence& s, int64_t first, int64_t count, int64_t key0,
              int64_t key1, float* partial, void* memory) {
 #if defined(FASTDL_NATIVE_BF16)
-  if (a.format == FORMAT_BF16 && a.head_dim % 2 == 0)
+  if (a.format == FORMAT_BF16 && a.key_format == FORMAT_BF16 && a.head_dim % 2 == 0)
     return forward_any<BF16, true>(a, s, first, count, key0, key1, partial, memory);
 #endif
-  dispatch(a.format,
+  dispatch(a.key_format,
            [&](auto type) { forward_any<decltype(type), false>(a, s, first, count, key0, key1, partial, memory); });
 }
 

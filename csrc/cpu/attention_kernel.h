@@ -31,12 +31,12 @@ struct AttentionCall {
   int64_t head_dim, d_v, left, right;
   float scale, softcap, p, keep_scale;  // keep_scale: 1 / (1 - p)
   uint64_t seed;
-  int format, bias_format;
+  int format, key_format, bias_format;  // format: of q, out and their gradients; key_format: of k and v
   bool lens_of_rows, slopes_of_batch, dropout;
 
   void* out;  // [B, H, n_q, D_v]
   AttentionStrides out_at;
-  float* lse;  // [B, H, n_q]
+  float* lse;  // [B, H, n_q], or null
 
   // backward
   const void *grad, *result;  // like out
