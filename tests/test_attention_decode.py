@@ -58,7 +58,7 @@ def decoded(backend, q, k, v, k_cache, v_cache, lens, **options):
 
 def compare(lane, tensors, **options):
     """O and lse in float64 from the caches that the call wrote, which are those of the reference."""
-    q, k, v, _, _, lens = tensors
+    q, k, _, _, _, lens = tensors
     out, lse, k_cache, v_cache = decoded(lane.backend, *tensors, **options)
     wanted = decoded("torch", *tensors, **options)
     turned = options.get("cos_sin") is not None
@@ -67,7 +67,7 @@ def compare(lane, tensors, **options):
         if packed:
             mine, theirs = reference.from_q8_0(mine), reference.from_q8_0(theirs)
         step = 2**-6 if packed else torch.finfo(k_cache.dtype).eps
-        if turned and mine.shape == k_cache.shape[:3] + (q.shape[3],):
+        if turned and mine.shape == (*k_cache.shape[:3], q.shape[3]):
             # an angle's sum may round to the neighbour
             torch.testing.assert_close(mine.double(), theirs.double(), rtol=2 * step, atol=2 * step, equal_nan=True)
         else:
@@ -317,7 +317,7 @@ GOOD = {
         ({"v_new": torch.zeros(2, 2, 2, 32)}, ValueError, "v_new: expected shape"),
         ({"k_new": torch.zeros(2, 2, 1, 32).half()}, TypeError, "k_new: expected the dtype of q"),
         ({"block_table": torch.zeros(2, 2)}, TypeError, "block_table: expected an int32 or int64"),
-        ({"block_table": torch.zeros(3, 2, dtype=torch.long)}, ValueError, r"block_table: expected shape \(2, blocks\)"),
+        ({"block_table": torch.zeros(3, 2, dtype=torch.long)}, ValueError, r"expected shape \(2, blocks\)"),
         ({"block_table": torch.tensor([[0], [5]])}, ValueError, "expected blocks 0 to 1, got 5 for sequence 1"),
         ({"cos_sin": torch.zeros(4, 33)}, ValueError, "cos_sin: expected float32"),
         ({"cos_sin": torch.zeros(7, 32)}, ValueError, "positions 0 to 6.* got 7 to 7 for sequence 1"),

@@ -11,7 +11,7 @@
 namespace fastdl {
 
 // Of one call of decoder_blocks.
-struct Shape {
+struct DecoderShape {
   int64_t n, width, n_heads, n_kv_heads, head_dim, ff, max_len, rope_dim, pos;
   float eps;
   int activation;
@@ -29,7 +29,7 @@ struct CacheAttention {
   DecodeCall few_call;
   AttentionCall many_call;
 
-  CacheAttention(const Shape& s) : few(s.n <= 4), length((int32_t)(s.pos + s.n)), few_call{}, many_call{} {
+  CacheAttention(const DecoderShape& s) : few(s.n <= 4), length((int32_t)(s.pos + s.n)), few_call{}, many_call{} {
     switch (cpu_vectors()) {
 #define FASTDL_CASE(variant)                  \
   case CpuVariant::variant:                   \

@@ -45,7 +45,8 @@ const float* checked_vector(const Tensor& t, int64_t size, const char* message) 
 
 constexpr int64_t TENSORS = 12, FORMATS = 7;  // a layer, in the order of the schema
 
-std::vector<Layer> checked_layers(const std::vector<Tensor>& w, const std::vector<int64_t>& formats, const Shape& s) {
+std::vector<Layer> checked_layers(const std::vector<Tensor>& w, const std::vector<int64_t>& formats,
+                                  const DecoderShape& s) {
   const int64_t layers = (int64_t)w.size() / TENSORS;
   check((int64_t)w.size() == layers * TENSORS && (int64_t)formats.size() == layers * FORMATS,
         "weights, formats: expected 12 tensors and 7 formats a layer");
@@ -85,7 +86,7 @@ struct Memory {
   std::vector<uint8_t*> prepared, scratch;
 };
 
-Memory allocate(const Shape& s, const QuantMatmulKernels& products, const CacheAttention& attention, int team) {
+Memory allocate(const DecoderShape& s, const QuantMatmulKernels& products, const CacheAttention& attention, int team) {
   const int64_t widest =
       s.width > s.ff ? (s.width > s.q_rows() ? s.width : s.q_rows()) : (s.ff > s.q_rows() ? s.ff : s.q_rows());
   int64_t block = 0;
@@ -125,7 +126,7 @@ Memory allocate(const Shape& s, const QuantMatmulKernels& products, const CacheA
 // another thread wrote.
 class Worker {
  public:
-  Worker(const Shape& s, const Memory& m, const QuantMatmulKernels& products, const DecoderBlockKernels& steps,
+  Worker(const DecoderShape& s, const Memory& m, const QuantMatmulKernels& products, const DecoderBlockKernels& steps,
          float* x, int thread, int team)
       : s_(s),
         m_(m),
@@ -247,7 +248,7 @@ class Worker {
     }
   }
 
-  const Shape& s_;
+  const DecoderShape& s_;
   const Memory& m_;
   const QuantMatmulKernels& products_;
   const DecoderBlockKernels& steps_;
@@ -279,8 +280,8 @@ Tensor decoder_blocks(const Tensor& x_, const std::vector<Tensor>& weights, cons
   check(rope.is_cpu() && rope.scalar_type() == ScalarType::Float && rope.is_contiguous() && rope.dim() == 2 &&
             rope.size(0) >= pos + n && rope.size(1) <= head_dim && rope.size(1) % 2 == 0,
         "rope: expected float32 [at least pos + n, rope_dim <= head_dim]");
-  const Shape s{n,       x_.size(1),   n_heads, n_kv_heads, head_dim,       ff_dim,
-                max_len, rope.size(1), pos,     (float)eps, (int)activation};
+  const DecoderShape s{n,       x_.size(1),   n_heads, n_kv_heads, head_dim,       ff_dim,
+                       max_len, rope.size(1), pos,     (float)eps, (int)activation};
   check(ff_dim > 0, "ff_dim: expected a positive number");
   const std::vector<Layer> stack = checked_layers(weights, formats, s);
   const float* norm =
