@@ -20,7 +20,7 @@ from .lstm import lstm
 from .norm import layer_norm, rms_norm
 from .quant_matmul import auto_activation, quant_embedding, quant_matmul, quantize
 from .rnn import rnn
-from .rope import rope, rope_table
+from .rope import rope, rope_qk, rope_table
 from .selective_scan import selective_scan
 
 
@@ -47,7 +47,7 @@ ROOMS: dict[str, Room] = {
     "rnn": Room(("rnn",), ("cpu", "cuda", "triton"), ("RNN", "RNNCell")),
     "linear_scan": Room(("linear_scan",), ("cpu", "cuda", "triton"), ("QRNN", "S4D")),
     "selective_scan": Room(("selective_scan",), ("cpu", "cuda", "triton"), ("Mamba",)),
-    "rope": Room(("rope", "rope_table")),
+    "rope": Room(("rope", "rope_qk", "rope_table"), ("cpu", "cuda", "triton")),
     "attention": Room(("attention",)),
     "activation": Room(("activation", "swiglu", "geglu"), ("cpu", "cuda", "triton"), ("Activation", "GatedMLP")),
 }
@@ -74,6 +74,7 @@ __all__ = [
     "rms_norm",
     "rnn",
     "rope",
+    "rope_qk",
     "rope_table",
     "selective_scan",
     "swiglu",
