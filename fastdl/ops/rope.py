@@ -136,7 +136,7 @@ def rope_qk(
     positions: Tensor | int = 0,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`rope` of q and k in one call and one kernel, which reads each row of the table once for all heads of both.
+    """`rope` of q and k in one call, on CUDA in one kernel.
 
     q [..., n, head_dim], k [..., n, head_dim]: the same n, head_dim, dtype and device; the numbers of heads may differ.
     The other arguments, and what is raised, are those of `rope`. Returns q and k turned.
