@@ -76,6 +76,8 @@ _TABLE: dict[str, dict[int, Config]] = {
         64: Config(16, 4, programs=8),
         128: Config(8, 4, programs=8),
     },
+    "position_forward": {128: Config(8, 4, programs=8), 1024: Config(1, 4, programs=8)},
+    "position_backward": {128: Config(8, 4), 512: Config(4, 4)},  # rows: tokens that are added at once
     "group_norm_moments": {256: Config(1, 1), 1024: Config(1, 4), 4096: Config(1, 8)},
     "group_norm_apply": {256: Config(1, 1), 1024: Config(1, 4), 4096: Config(1, 8)},
     "group_norm_sums": {64: Config(16, 4), 256: Config(4, 4), 1024: Config(1, 4)},

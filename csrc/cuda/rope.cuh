@@ -74,7 +74,7 @@ __device__ __forceinline__ void store_pairs(T* y, int64_t at, int half, const fl
 // Block: 256 threads, `rows` positions of `units` units each, or one of more units than threads. Grid: (tiles of
 // positions, parts of q's heads and then of k's, batch).
 template <class T, int N, bool Interleaved>
-__global__ void __launch_bounds__(256) rope_turn(Rope<T> r, int rows, int units) {
+__global__ void __launch_bounds__(256) rope_turn_heads(Rope<T> r, int rows, int units) {
   constexpr int kCopy = kRopeCopy<N, Interleaved>;
   const bool second = static_cast<int>(blockIdx.y) >= r.q.parts;
   const RopeHeads<T> t = second ? r.k : r.q;
@@ -143,7 +143,7 @@ cudaError_t rope_launch(Rope<T> r, cudaStream_t stream) {
   r.k.parts = share(r.k);
   const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(r.q.parts + r.k.parts),
                   static_cast<unsigned>(std::min<int64_t>(batch, 65535)));
-  return launch(rope_turn<T, N, Interleaved>, grid, dim3(256), 0, stream, r, rows, units);
+  return launch(rope_turn_heads<T, N, Interleaved>, grid, dim3(256), 0, stream, r, rows, units);
 }
 
 template <class T>

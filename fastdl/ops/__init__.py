@@ -18,6 +18,7 @@ from .gru import gru
 from .linear_scan import linear_scan
 from .lstm import lstm
 from .norm import layer_norm, rms_norm
+from .position import add_positions, alibi_slopes, sinusoidal_table
 from .quant_matmul import auto_activation, quant_embedding, quant_matmul, quantize
 from .rnn import rnn
 from .rope import rope, rope_qk, rope_table
@@ -48,6 +49,7 @@ ROOMS: dict[str, Room] = {
     "linear_scan": Room(("linear_scan",), ("cpu", "cuda", "triton"), ("QRNN", "S4D")),
     "selective_scan": Room(("selective_scan",), ("cpu", "cuda", "triton"), ("Mamba",)),
     "rope": Room(("rope", "rope_qk", "rope_table"), ("cpu", "cuda", "triton")),
+    "position": Room(("add_positions", "sinusoidal_table", "alibi_slopes"), ("cpu", "cuda", "triton")),
     "attention": Room(("attention",)),
     "activation": Room(("activation", "swiglu", "geglu"), ("cpu", "cuda", "triton"), ("Activation", "GatedMLP")),
 }
@@ -58,6 +60,8 @@ __all__ = [
     "DecoderStack",
     "Room",
     "activation",
+    "add_positions",
+    "alibi_slopes",
     "attention",
     "auto_activation",
     "batch_norm",
@@ -77,5 +81,6 @@ __all__ = [
     "rope_qk",
     "rope_table",
     "selective_scan",
+    "sinusoidal_table",
     "swiglu",
 ]
