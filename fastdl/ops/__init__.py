@@ -48,8 +48,12 @@ ROOMS: dict[str, Room] = {
     "rnn": Room(("rnn",), ("cpu", "cuda", "triton"), ("RNN", "RNNCell")),
     "linear_scan": Room(("linear_scan",), ("cpu", "cuda", "triton"), ("QRNN", "S4D")),
     "selective_scan": Room(("selective_scan",), ("cpu", "cuda", "triton"), ("Mamba",)),
-    "rope": Room(("rope", "rope_qk", "rope_table"), ("cpu", "cuda", "triton")),
-    "position": Room(("add_positions", "sinusoidal_table", "alibi_slopes"), ("cpu", "cuda", "triton")),
+    "rope": Room(("rope", "rope_qk", "rope_table"), ("cpu", "cuda", "triton"), ("RotaryEmbedding",)),
+    "position": Room(
+        ("add_positions", "sinusoidal_table", "alibi_slopes"),
+        ("cpu", "cuda", "triton"),
+        ("PositionalEncoding", "LearnedPositionalEncoding"),
+    ),
     "attention": Room(("attention",)),
     "activation": Room(("activation", "swiglu", "geglu"), ("cpu", "cuda", "triton"), ("Activation", "GatedMLP")),
 }
