@@ -1,5 +1,5 @@
 """Rooms activation, group_norm, batch_norm, rope and position on a GPU, in bfloat16: shares of the copy bandwidth; back
-ends cuda and triton, against torch eager and torch.compile. Part of bench/bench_<room>.py; norms over rows: norm_gpu.py.
+ends cuda and triton, against torch eager and torch.compile. Part of bench/bench_<room>.py; norms of rows: norm_gpu.py.
 
 Bytes are what the op must move. Kinds that end in _backward time the gradients of a graph that is kept.
 

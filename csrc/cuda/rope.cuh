@@ -74,7 +74,7 @@ __device__ __forceinline__ void store_pairs(T* y, int64_t at, int half, const fl
 // Block: 256 threads, `rows` positions of `units` units each, or one of more units than threads. Grid: (tiles of
 // positions, parts of q's heads and then of k's, batch).
 template <class T, int N, bool Interleaved>
-__global__ void __launch_bounds__(256) rope_turn_heads(Rope<T> r, int rows, int units) {
+__global__ void __launch_bounds__(256, 1) rope_turn_heads(Rope<T> r, int rows, int units) {
   constexpr int kCopy = kRopeCopy<N, Interleaved>;
   const bool second = static_cast<int>(blockIdx.y) >= r.q.parts;
   const RopeHeads<T> t = second ? r.k : r.q;
