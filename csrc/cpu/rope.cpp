@@ -31,8 +31,15 @@ struct Job {
 
   Job(const RopeArgs& a, const RopeTensor& t) : args(a), heads(t.heads.size), rows(t.n.size) {
     const int64_t bytes = std::max<int64_t>(1, 2 * a.rope_dim * 4);
-    row_step = std::max<int64_t>(1, std::min({rows, MOST_POSITIONS, SPREAD / bytes}));
-    head_step = std::max<int64_t>(1, std::min(heads, BLOCK / (row_step * a.head_dim)));
+    const int64_t most = std::max<int64_t>(1, std::min({rows, MOST_POSITIONS, SPREAD / bytes}));
+    const int64_t pieces = std::max<int64_t>(1, BLOCK / a.head_dim);  // a block is about so many heads of one position
+    if (a.y_row >= a.y_head) {                                        // heads lie beside each other: whole positions
+      head_step = std::min(heads, pieces);
+      row_step = std::max<int64_t>(1, std::min(most, pieces / head_step));
+    } else {
+      row_step = std::min(most, pieces);
+      head_step = std::max<int64_t>(1, std::min(heads, pieces / row_step));
+    }
     row_parts = (rows + row_step - 1) / row_step;
     head_parts = (heads + head_step - 1) / head_step;
     count = t.batch.size * row_parts * head_parts;
