@@ -69,6 +69,15 @@ _TABLE: dict[str, dict[int, Config]] = {
     "activation_backward": {128: Config(8, 4, programs=8), 1024: Config(1, 4, programs=8)},
     "activation_glu": {128: Config(8, 4, programs=16), 1024: Config(1, 4, programs=16)},
     "activation_sums": {128: Config(32, 4)},
+    # rows: positions; the width is pairs of a head, 8 of them a thread
+    "rope_turn": {
+        16: Config(64, 4, programs=8),
+        32: Config(32, 4, programs=8),
+        64: Config(16, 4, programs=8),
+        128: Config(8, 4, programs=8),
+    },
+    "position_forward": {128: Config(8, 4, programs=8), 1024: Config(1, 4, programs=8)},
+    "position_backward": {128: Config(8, 4), 512: Config(4, 4)},  # rows: tokens that are added at once
     "group_norm_moments": {256: Config(1, 1), 1024: Config(1, 4), 4096: Config(1, 8)},
     "group_norm_apply": {256: Config(1, 1), 1024: Config(1, 4), 4096: Config(1, 8)},
     "group_norm_sums": {64: Config(16, 4), 256: Config(4, 4), 1024: Config(1, 4)},

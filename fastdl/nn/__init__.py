@@ -7,8 +7,10 @@ from .gru import GRU, GRUCell
 from .linear_scan import QRNN, S4D
 from .lstm import LSTM, LSTMCell
 from .norm import LayerNorm, RMSNorm
+from .position import LearnedPositionalEncoding, PositionalEncoding
 from .quant_matmul import QuantEmbedding, QuantLinear
 from .rnn import RNN, RNNCell
+from .rope import RotaryEmbedding
 from .selective_scan import Mamba
 
 __all__ = [
@@ -25,9 +27,12 @@ __all__ = [
     "GroupNorm",
     "LSTMCell",
     "LayerNorm",
+    "LearnedPositionalEncoding",
     "Mamba",
+    "PositionalEncoding",
     "QuantEmbedding",
     "QuantLinear",
     "RMSNorm",
     "RNNCell",
+    "RotaryEmbedding",
 ]
