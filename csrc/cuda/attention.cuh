@@ -33,18 +33,16 @@ struct AttentionForward {
 template <class T, int D, bool General>
 struct ForwardTile {
   static constexpr bool kHalf = sizeof(T) == 2;
-  static constexpr int kGroups = kHalf && (D <= 64 || (D == 128 && !General)) ? 2 : 1;
-  static constexpr int kKeys = kHalf ? (D <= 128 ? 64 : 32) : (D <= 64 ? 32 : D <= 128 ? 32 : 16);
+  static constexpr int kGroups = kHalf && D <= 128 && !General ? 2 : 1;
+  static constexpr int kKeys = D == 256 ? (kHalf ? 32 : 16) : kHalf && !General ? 64 : 32;
   static constexpr int kPitch = tile_pitch<T>(D);
   static constexpr int64_t shared(int warps) {
     return (16 * kGroups * warps + 2 * kKeys) * kPitch * static_cast<int64_t>(sizeof(T));
   }
 };
 
-constexpr int kAttentionWarps = 4;  // of a block at most
-
 template <class T, int D, bool General>
-__global__ void __launch_bounds__(kAttentionWarps * 32) attention_forward_tile(const AttentionForward<T> a) {
+__global__ void __launch_bounds__(kAttentionWarps * 32, 1) attention_forward_tile(const AttentionForward<T> a) {
   using Tile = ForwardTile<T, D, General>;
   constexpr int R = Tile::kGroups, N = Tile::kKeys;
   FASTDL_DYNAMIC_SHARED(T, q_tile);
@@ -54,23 +52,24 @@ __global__ void __launch_bounds__(kAttentionWarps * 32) attention_forward_tile(c
   T* v_tile = k_tile + N * Tile::kPitch;
 
   const AttentionScores& s = a.scores;
-  AttentionPlace place;
+  FASTDL_SHARED(AttentionPlace, places, [1]);
+  const AttentionPlace& place = places[0];
   // The last queries of a causal head see the most keys: they come first.
   const int slot = a.slots - 1 - static_cast<int>(blockIdx.x % static_cast<unsigned>(a.slots));
   const int plane = static_cast<int>(blockIdx.x / static_cast<unsigned>(a.slots));
-  place.batch = plane / s.heads;
-  place.head = plane % s.heads;
-  if (!attention_place(s, s.cu_q, s.n_q, slot, rows, place)) return;  // the whole block
-  const int kv_head = place.head / (s.heads / s.kv_heads);
-  const T* q = a.q.at(place.batch, place.head, place.q0);
-  const T* k = a.k.at(place.batch, kv_head, place.k0);
-  const T* v = a.v.at(place.batch, kv_head, place.k0);
-
-  const BlockKeys keys = block_keys(s, place, place.first, rows);
+  if (threadIdx.x == 0) places[0] = attention_place(s, true, plane, s.heads, slot, rows);
+  __syncthreads();
+  if (!place.any) return;  // the whole block
+  const BlockKeys& keys = block_keys(s, place, place.first, rows);
+  // Addresses are computed again for every tile: kept, they would cost registers that the loop has not.
+  const auto load_keys = [&](T* tile, const AttentionRows<const T>& x, int key) {
+    const int kv_head = place.head / (s.heads / s.kv_heads);
+    load_tile<D>(tile, x, x.at(place.batch, kv_head, place.k0), N, key, keys.high);
+    ptx::cp_async_commit();
+  };
   const int begin = keys.low < keys.high ? keys.low / N * N : keys.high;
-  load_tile<D>(q_tile, a.q, q, rows, place.first, place.n_q);
-  if (begin < keys.high) load_tile<D>(k_tile, a.k, k, N, begin, keys.high);
-  ptx::cp_async_commit();
+  load_tile<D>(q_tile, a.q, a.q.at(place.batch, place.head, place.q0), rows, place.first, place.n_q);
+  load_keys(k_tile, a.k, begin);
 
   const int first = place.first + 16 * R * warp;  // the warp's first query
   const T* mine = q_tile + 16 * R * warp * Tile::kPitch;
@@ -90,8 +89,7 @@ __global__ void __launch_bounds__(kAttentionWarps * 32) attention_forward_tile(c
   for (int key = begin; key < keys.high; key += N) {
     ptx::cp_async_wait<0>();
     __syncthreads();  // K is here, and nobody reads V any more
-    load_tile<D>(v_tile, a.v, v, N, key, keys.high);
-    ptx::cp_async_commit();
+    load_keys(v_tile, a.v, key);
     Sums<R, N> p;
     p.clear();
     rows_by_rows<D>(p, mine, k_tile);
@@ -148,15 +146,14 @@ __global__ void __launch_bounds__(kAttentionWarps * 32) attention_forward_tile(c
     }
     ptx::cp_async_wait<0>();
     __syncthreads();  // V is here, and nobody reads K any more
-    if (key + N < keys.high) load_tile<D>(k_tile, a.k, k, N, key + N, keys.high);
-    ptx::cp_async_commit();
+    if (key + N < keys.high) load_keys(k_tile, a.k, key + N);
     weights_by_rows<D>(o, p, v_tile);
   }
   ptx::cp_async_wait<0>();  // q, of a block that sees no key
   __syncthreads();
 
   float inverse[R][2];
-  float* lse = a.lse + static_cast<int64_t>(plane) * s.n_q + place.q0;
+  float* lse = a.lse + (static_cast<int64_t>(place.batch) * s.heads + place.head) * s.n_q + place.q0;
 #pragma unroll
   for (int r = 0; r < R; ++r)
 #pragma unroll

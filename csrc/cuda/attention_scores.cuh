@@ -7,6 +7,7 @@
 
 namespace fastdl::cuda {
 
+constexpr int kAttentionWarps = 4;  // of a block at most
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 // All but the rows. Tensors as in common/attention_tensors.h.
@@ -27,8 +28,9 @@ struct AttentionScores {
   const int64_t* seed;
 };
 
-// A block's rows (queries, or keys) and the sequence they belong to.
+// A block's rows (queries, or keys) and the sequence they belong to. Kernels keep it in shared memory: registers are short.
 struct AttentionPlace {
+  bool any;         // false: nothing to do
   int batch, head;  // of the rows
   int first;        // row of the sequence
   int n_q, n_k;     // of the sequence
@@ -45,15 +47,15 @@ inline int64_t attention_slots(const AttentionScores& a, int64_t rows, int64_t t
   return a.sequences > 0 ? rows / tile + a.sequences : 0;
 }
 
-// Slot `slot` of a head's tiles of `tile` rows; false: nothing to do there. cu: cu_q where the rows are queries, else
-// cu_k. Sequence s has the slots from cu[s] / tile + s on; offsets that are out of order lose rows, but stay inside.
-__device__ __forceinline__ bool attention_place(const AttentionScores& a, const int* cu, int total, int slot, int tile,
-                                                AttentionPlace& place) {
-  place.first = slot * tile;
-  place.n_q = a.n_q;
-  place.n_k = a.n_k;
-  place.q0 = place.k0 = 0;
-  if (cu == nullptr) return true;
+// Of slot `slot` of the tiles of `tile` rows of plane `plane`, one of batch x heads. cu: cu_q where the rows are queries,
+// cu_k where they are keys. Sequence s has the slots from cu[s] / tile + s on; offsets that are out of order lose rows, but
+// stay inside.
+__device__ __forceinline__ AttentionPlace attention_place(const AttentionScores& a, bool of_queries, int plane,
+                                                          int heads, int slot, int tile) {
+  AttentionPlace place{true, plane / heads, plane % heads, slot * tile, a.n_q, a.n_k, 0, 0};
+  if (a.cu_q == nullptr) return place;
+  const int* cu = of_queries ? a.cu_q : a.cu_k;
+  const int total = of_queries ? a.n_q : a.n_k;
   int low = 0, high = a.sequences;  // the sequence: the last one whose slots begin at or before this
   while (high - low > 1) {
     const int middle = (low + high) / 2;
@@ -67,8 +69,9 @@ __device__ __forceinline__ bool attention_place(const AttentionScores& a, const 
   place.n_k = clamped(a.cu_k[low + 1], k0, a.n_k) - k0;
   place.q0 = q0;
   place.k0 = k0;
-  place.first = (slot - (cu == a.cu_q ? q0 : k0) / tile - low) * tile;
-  return place.first >= 0 && place.first < (cu == a.cu_q ? place.n_q : place.n_k);
+  place.first = (slot - (of_queries ? q0 : k0) / tile - low) * tile;
+  place.any = place.first >= 0 && place.first < (of_queries ? place.n_q : place.n_k);
+  return place;
 }
 
 // The keys [low, high) that a query sees; both 0 where it sees none.
@@ -95,38 +98,34 @@ struct BlockKeys {
   int low, high, all_low, all_high;
 };
 
-// Of queries first to first + rows. The same in every thread; has barriers.
-__device__ __forceinline__ BlockKeys block_keys(const AttentionScores& a, const AttentionPlace& place, int first,
-                                                int rows) {
-  FASTDL_SHARED(BlockKeys, of_warp, [32]);
+// Of queries first to first + rows; in shared memory. Has barriers.
+__device__ __forceinline__ const BlockKeys& block_keys(const AttentionScores& a, const AttentionPlace& place, int first,
+                                                       int rows) {
+  FASTDL_SHARED(BlockKeys, of_warp, [kAttentionWarps]);
+  FASTDL_SHARED(BlockKeys, of_block, [1]);
   constexpr int kNone = 0x7fffffff;
   BlockKeys mine{kNone, 0, 0, kNone};
+  const auto join = [&](int low, int high, int all_low, int all_high) {
+    mine = {min(mine.low, low), max(mine.high, high), max(mine.all_low, all_low), min(mine.all_high, all_high)};
+  };
   for (int row = static_cast<int>(threadIdx.x); row < rows; row += static_cast<int>(blockDim.x)) {
     if (first + row >= place.n_q) continue;
     const KeyRange range = keys_of(a, place, first + row);
-    if (range.low < range.high) mine.low = min(mine.low, range.low);
-    mine.high = max(mine.high, range.high);
-    mine.all_low = max(mine.all_low, range.low);
-    mine.all_high = min(mine.all_high, range.high);
+    join(range.low < range.high ? range.low : kNone, range.high, range.low, range.high);
   }
 #pragma unroll
-  for (int bits = 16; bits > 0; bits /= 2) {
-    mine.low = min(mine.low, __shfl_xor_sync(kAllLanes, mine.low, bits));
-    mine.high = max(mine.high, __shfl_xor_sync(kAllLanes, mine.high, bits));
-    mine.all_low = max(mine.all_low, __shfl_xor_sync(kAllLanes, mine.all_low, bits));
-    mine.all_high = min(mine.all_high, __shfl_xor_sync(kAllLanes, mine.all_high, bits));
-  }
-  __syncthreads();
+  for (int bits = 16; bits > 0; bits /= 2)
+    join(__shfl_xor_sync(kAllLanes, mine.low, bits), __shfl_xor_sync(kAllLanes, mine.high, bits),
+         __shfl_xor_sync(kAllLanes, mine.all_low, bits), __shfl_xor_sync(kAllLanes, mine.all_high, bits));
   if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = mine;
   __syncthreads();
-  for (int warp = 0; warp < static_cast<int>(blockDim.x) / 32; ++warp) {
-    const BlockKeys other = of_warp[warp];
-    mine.low = min(mine.low, other.low);
-    mine.high = max(mine.high, other.high);
-    mine.all_low = max(mine.all_low, other.all_low);
-    mine.all_high = min(mine.all_high, other.all_high);
+  if (threadIdx.x == 0) {
+    for (int warp = 1; warp < static_cast<int>(blockDim.x) / 32; ++warp)
+      join(of_warp[warp].low, of_warp[warp].high, of_warp[warp].all_low, of_warp[warp].all_high);
+    of_block[0] = mine;
   }
-  return mine;
+  __syncthreads();
+  return of_block[0];
 }
 
 // The scores of one head, with everything that may change them. T: the dtype of q.

@@ -26,6 +26,7 @@ template <int D, class T>
 __device__ __forceinline__ void load_tile(T* tile, const AttentionRows<const T>& x, const T* from, int rows, int first,
                                           int length) {
   constexpr int kPiece = 16 / static_cast<int>(sizeof(T)), kPieces = D / kPiece;
+#pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < rows * kPieces; i += static_cast<int>(blockDim.x)) {
     const int row = i / kPieces, column = i % kPieces * kPiece;
     const bool inside = first + row < length && column < x.width;
