@@ -26,7 +26,8 @@ AttentionRows<T> attention_rows(const HeadRows& x) {
 
 inline AttentionScores attention_scores(const AttentionTensors& t, double p, double scale, double softcap, int64_t left,
                                         int64_t right) {
-  const auto limit = [](int64_t n) { return static_cast<int>(n < 0 ? -1 : std::min(n, int64_t{1} << 30)); };
+  // A window wider than all there is has no limit.
+  const auto limit = [&](int64_t n) { return n < 0 || n > t.n_q + t.n_k ? -1 : static_cast<int>(n); };
   AttentionScores s{};
   s.batch = static_cast<int>(t.batch);
   s.heads = static_cast<int>(t.heads);
