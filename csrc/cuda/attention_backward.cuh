@@ -14,6 +14,11 @@
 
 namespace fastdl::cuda {
 
+// Tiles of queries, from a first one on.
+struct QuerySpan {
+  int begin, tiles;
+};
+
 // A block: keys of a kv head; part: which kColumns of dk and dv.
 template <class T, int D, bool General>
 __global__ void __launch_bounds__(kAttentionWarps * 32, 1) attention_backward_keys(const AttentionBackward<T> a) {
@@ -22,6 +27,7 @@ __global__ void __launch_bounds__(kAttentionWarps * 32, 1) attention_backward_ke
   FASTDL_DYNAMIC_SHARED(T, k_tile);
   FASTDL_SHARED(GradientRow, stats, [kStages][N]);
   FASTDL_SHARED(AttentionPlace, places, [1]);
+  FASTDL_SHARED(QuerySpan, spans, [1]);
   const int warp = static_cast<int>(threadIdx.x) / 32, rows = static_cast<int>(blockDim.x) / 2 * R;
   T* v_tile = k_tile + rows * Tile::kPitch;
   T* q_tiles = v_tile + rows * Tile::kPitch;
@@ -37,17 +43,23 @@ __global__ void __launch_bounds__(kAttentionWarps * 32, 1) attention_backward_ke
   if (!place.any) return;  // the whole block
   load_tile<D>(k_tile, a.k, a.k.at(place.batch, place.head, place.k0), rows, place.first, place.n_k);
   load_tile<D>(v_tile, a.v, a.v.at(place.batch, place.head, place.k0), rows, place.first, place.n_k);
+  ptx::cp_async_commit();
 
-  // Queries that can see one of these keys.
-  const int shift = place.n_k - place.n_q;
-  int begin = 0, end = place.n_q;
-  if (s.right >= 0) begin = max(begin, place.first - s.right - shift);
-  if (s.left >= 0) end = min(end, place.first + rows + s.left - shift);
-  if (s.lens && !s.lens_of_rows && place.first >= s.lens[place.batch]) end = 0;
-  begin = begin / N * N;
-  const int group = s.heads / s.kv_heads, tiles = begin < end ? (end - begin + N - 1) / N : 0;
+  if (threadIdx.x == 0) {  // the queries that can see one of these keys
+    const int shift = place.n_k - place.n_q;
+    int begin = 0, end = place.n_q;
+    if (s.right >= 0) begin = max(begin, place.first - s.right - shift);
+    if (s.left >= 0) end = min(end, place.first + rows + s.left - shift);
+    if (s.lens && !s.lens_of_rows && place.first >= s.lens[place.batch]) end = 0;
+    begin = begin / N * N;
+    spans[0] = {begin, begin < end ? (end - begin + N - 1) / N : 0};
+  }
+  __syncthreads();
+  const QuerySpan& span = spans[0];
+  const int group = s.heads / s.kv_heads;
   const auto load_queries = [&](int step) {
-    const int head = place.head * group + step / tiles, query = begin + step % tiles * N, stage = step % kStages;
+    const int head = place.head * group + step / span.tiles, query = span.begin + step % span.tiles * N;
+    const int stage = step % kStages;
     T* to = q_tiles + stage * N * Tile::kPitch;
     load_tile<D>(to, a.q, a.q.at(place.batch, head, place.q0), N, query, place.n_q);
     to = grad_tiles + stage * N * Tile::kPitch;
@@ -56,7 +68,7 @@ __global__ void __launch_bounds__(kAttentionWarps * 32, 1) attention_backward_ke
     if (row < N) stats[stage][row] = gradient_row(a, place, head, query + row);
     ptx::cp_async_commit();
   };
-  if (tiles > 0) load_queries(0);
+  if (span.tiles > 0) load_queries(0);
 
   const int mine = 16 * R * warp;
   const float unit = s.scale * kLog2e;
@@ -64,19 +76,20 @@ __global__ void __launch_bounds__(kAttentionWarps * 32, 1) attention_backward_ke
   dk.clear();
   dv.clear();
 #pragma unroll 1
-  for (int step = 0; step < group * tiles; ++step) {
-    const int head = place.head * group + step / tiles, query = begin + step % tiles * N, stage = step % kStages;
+  for (int step = 0; step < group * span.tiles; ++step) {
+    const int stage = step % kStages;
     const T* q = q_tiles + stage * N * Tile::kPitch;
     const T* grad = grad_tiles + stage * N * Tile::kPitch;
     ptx::cp_async_wait<0>();
     __syncthreads();  // the tiles of this step are here, and nobody reads those of the last one any more
-    if (kStages == 2 && step + 1 < group * tiles) load_queries(step + 1);
+    if (kStages == 2 && step + 1 < group * span.tiles) load_queries(step + 1);
     Sums<R, N> p, dp;
     p.clear();
     dp.clear();
     rows_by_rows<D>(p, k_tile + mine * Tile::kPitch, q);
     rows_by_rows<D>(dp, v_tile + mine * Tile::kPitch, grad);
-    const GeneralScore<T> score(s, place, head);
+    const int query = span.begin + step % span.tiles * N;
+    const GeneralScore<T> score(s, place, place.head * group + step / span.tiles);
     p.for_each([&](int r, int n, int e, int row, int column) {
       differentiate<General, true>(p.at[r][n][e], dp.at[r][n][e], stats[stage][column], score, unit, query + column,
                                    place.first + mine + row);
@@ -85,7 +98,7 @@ __global__ void __launch_bounds__(kAttentionWarps * 32, 1) attention_backward_ke
     weights_by_rows<D>(dk, dp, q + part * C);
     if (kStages == 1) {
       __syncthreads();
-      if (step + 1 < group * tiles) load_queries(step + 1);
+      if (step + 1 < group * span.tiles) load_queries(step + 1);
     }
   }
   ptx::cp_async_wait<0>();  // k and v, of a block that no query sees
