@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kAttentionWarps * 32, 1) attention_backward_ke
     if (row < N) stats[stage][row] = gradient_row(a, place, head, query + row);
     ptx::cp_async_commit();
   };
-  if (span.tiles > 0) load_queries(0);
+  if (group * span.tiles > 0) load_queries(0);
 
   const int mine = 16 * R * warp;
   const float unit = s.scale * kLog2e;
