@@ -52,13 +52,7 @@ __global__ void __launch_bounds__(kAttentionWarps * 32, 1) attention_forward_til
   T* v_tile = k_tile + N * Tile::kPitch;
 
   const AttentionScores& s = a.scores;
-  FASTDL_SHARED(AttentionPlace, places, [1]);
-  const AttentionPlace& place = places[0];
-  // The last queries of a causal head see the most keys: they come first.
-  const int slot = a.slots - 1 - static_cast<int>(blockIdx.x % static_cast<unsigned>(a.slots));
-  const int plane = static_cast<int>(blockIdx.x / static_cast<unsigned>(a.slots));
-  if (threadIdx.x == 0) places[0] = attention_place(s, true, plane, s.heads, slot, rows);
-  __syncthreads();
+  const AttentionPlace& place = block_place(s, true, blockIdx.x, a.slots, rows);
   if (!place.any) return;  // the whole block
   const BlockKeys& keys = block_keys(s, place, place.first, rows);
   // Addresses are computed again for every tile: kept, they would cost registers that the loop has not.
@@ -173,7 +167,8 @@ __global__ void __launch_bounds__(kAttentionWarps * 32, 1) attention_forward_til
 // Warps of a block: a function of the length, and of what the chip's shared memory holds.
 template <class Tile>
 inline int attention_warps(const AttentionScores& a, int64_t rows) {
-  const int64_t limit = device_limits().shared_bytes, each = 16 * Tile::kGroups;
+  constexpr int64_t kStatic = 2048;  // places, ranges of keys, statistics of rows
+  const int64_t limit = device_limits().shared_bytes - kStatic, each = 16 * Tile::kGroups;
   const int64_t wanted = a.cu_q ? kAttentionWarps : (rows + each - 1) / each;
   int warps = static_cast<int>(wanted < 1 ? 1 : wanted > kAttentionWarps ? kAttentionWarps : wanted);
   while (warps > 1 && Tile::shared(warps) > limit) --warps;

@@ -26,7 +26,6 @@ __global__ void __launch_bounds__(kAttentionWarps * 32, 1) attention_backward_ke
   constexpr int R = Tile::kGroups, N = Tile::kStream, C = Tile::kColumns, kStages = Tile::kStages;
   FASTDL_DYNAMIC_SHARED(T, k_tile);
   FASTDL_SHARED(GradientRow, stats, [kStages][N]);
-  FASTDL_SHARED(AttentionPlace, places, [1]);
   FASTDL_SHARED(QuerySpan, spans, [1]);
   const int warp = static_cast<int>(threadIdx.x) / 32, rows = static_cast<int>(blockDim.x) / 2 * R;
   T* v_tile = k_tile + rows * Tile::kPitch;
@@ -34,12 +33,9 @@ __global__ void __launch_bounds__(kAttentionWarps * 32, 1) attention_backward_ke
   T* grad_tiles = q_tiles + kStages * N * Tile::kPitch;
 
   const AttentionScores& s = a.scores;
-  const AttentionPlace& place = places[0];
-  const int part = static_cast<int>(blockIdx.x % static_cast<unsigned>(a.parts));
-  const int block = static_cast<int>(blockIdx.x / static_cast<unsigned>(a.parts));
-  if (threadIdx.x == 0)  // the first keys of a causal head are seen by the most queries, and come first
-    places[0] = attention_place(s, false, block / a.slots, s.kv_heads, block % a.slots, rows);
-  __syncthreads();
+  const unsigned parts = static_cast<unsigned>(a.parts);
+  const int part = static_cast<int>(blockIdx.x % parts);
+  const AttentionPlace& place = block_place(s, false, blockIdx.x / parts, a.slots, rows);
   if (!place.any) return;  // the whole block
   load_tile<D>(k_tile, a.k, a.k.at(place.batch, place.head, place.k0), rows, place.first, place.n_k);
   load_tile<D>(v_tile, a.v, a.v.at(place.batch, place.head, place.k0), rows, place.first, place.n_k);
@@ -118,7 +114,6 @@ __global__ void __launch_bounds__(kAttentionWarps * 32, 1) attention_backward_qu
   using Tile = BackwardTile<T, D, General>;
   constexpr int R = Tile::kGroups, N = Tile::kStream, kStages = Tile::kStages;
   FASTDL_DYNAMIC_SHARED(T, q_tile);
-  FASTDL_SHARED(AttentionPlace, places, [1]);
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int rows = static_cast<int>(blockDim.x) / 2 * R;
   T* grad_tile = q_tile + rows * Tile::kPitch;
@@ -126,11 +121,7 @@ __global__ void __launch_bounds__(kAttentionWarps * 32, 1) attention_backward_qu
   T* v_tiles = k_tiles + kStages * N * Tile::kPitch;
 
   const AttentionScores& s = a.scores;
-  const AttentionPlace& place = places[0];
-  const int slot = a.slots - 1 - static_cast<int>(blockIdx.x % static_cast<unsigned>(a.slots));
-  const int plane = static_cast<int>(blockIdx.x / static_cast<unsigned>(a.slots));
-  if (threadIdx.x == 0) places[0] = attention_place(s, true, plane, s.heads, slot, rows);
-  __syncthreads();
+  const AttentionPlace& place = block_place(s, true, blockIdx.x, a.slots, rows);
   if (!place.any) return;  // the whole block
   const BlockKeys& keys = block_keys(s, place, place.first, rows);
   load_tile<D>(q_tile, a.q, a.q.at(place.batch, place.head, place.q0), rows, place.first, place.n_q);

@@ -74,6 +74,21 @@ __device__ __forceinline__ AttentionPlace attention_place(const AttentionScores&
   return place;
 }
 
+// Of block `block` of a grid of batch x heads (kv heads where the rows are keys) x slots; in shared memory. With causal the
+// last queries see the most keys and the first keys are seen by the most queries: both come first. Has a barrier.
+__device__ __forceinline__ const AttentionPlace& block_place(const AttentionScores& a, bool of_queries, unsigned block,
+                                                             int slots, int tile) {
+  FASTDL_SHARED(AttentionPlace, places, [1]);
+  if (threadIdx.x == 0) {
+    const int plane = static_cast<int>(block / static_cast<unsigned>(slots));
+    const int slot = static_cast<int>(block % static_cast<unsigned>(slots));
+    places[0] = attention_place(a, of_queries, plane, of_queries ? a.heads : a.kv_heads,
+                                of_queries ? slots - 1 - slot : slot, tile);
+  }
+  __syncthreads();
+  return places[0];
+}
+
 // The keys [low, high) that a query sees; both 0 where it sees none.
 struct KeyRange {
   int low, high;
