@@ -45,11 +45,11 @@ template <class T, int D, bool General>
 __global__ void __launch_bounds__(kAttentionWarps * 32, 1) attention_forward_tile(const AttentionForward<T> a) {
   using Tile = ForwardTile<T, D, General>;
   constexpr int R = Tile::kGroups, N = Tile::kKeys;
-  FASTDL_DYNAMIC_SHARED(T, q_tile);
+  FASTDL_DYNAMIC_SHARED(T, k_tile);
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int rows = static_cast<int>(blockDim.x) / 2 * R;
-  T* k_tile = q_tile + rows * Tile::kPitch;
   T* v_tile = k_tile + N * Tile::kPitch;
+  T* q_tile = v_tile + N * Tile::kPitch;
 
   const AttentionScores& s = a.scores;
   const AttentionPlace& place = block_place(s, true, blockIdx.x, a.slots, rows);

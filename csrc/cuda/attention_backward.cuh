@@ -14,9 +14,9 @@
 
 namespace fastdl::cuda {
 
-// Tiles of queries, from a first one on.
+// Tiles of queries of each head, from a first one on, and of all heads of the group.
 struct QuerySpan {
-  int begin, tiles;
+  int begin, tiles, steps;
 };
 
 // A block: keys of a kv head; part: which kColumns of dk and dv.
@@ -24,16 +24,17 @@ template <class T, int D, bool General>
 __global__ void __launch_bounds__(kAttentionWarps * 32, 1) attention_backward_keys(const AttentionBackward<T> a) {
   using Tile = BackwardTile<T, D, General>;
   constexpr int R = Tile::kGroups, N = Tile::kStream, C = Tile::kColumns, kStages = Tile::kStages;
-  FASTDL_DYNAMIC_SHARED(T, k_tile);
+  FASTDL_DYNAMIC_SHARED(T, q_tiles);
   FASTDL_SHARED(GradientRow, stats, [kStages][N]);
   FASTDL_SHARED(QuerySpan, spans, [1]);
   const int warp = static_cast<int>(threadIdx.x) / 32, rows = static_cast<int>(blockDim.x) / 2 * R;
+  T* grad_tiles =
+      q_tiles + kStages * N * Tile::kPitch;  // what passes comes first: its places are known when this is compiled
+  T* k_tile = grad_tiles + kStages * N * Tile::kPitch;
   T* v_tile = k_tile + rows * Tile::kPitch;
-  T* q_tiles = v_tile + rows * Tile::kPitch;
-  T* grad_tiles = q_tiles + kStages * N * Tile::kPitch;
 
   const AttentionScores& s = a.scores;
-  const unsigned parts = static_cast<unsigned>(a.parts);
+  const unsigned parts = C == D ? 1u : static_cast<unsigned>(a.parts);
   const int part = static_cast<int>(blockIdx.x % parts);
   const AttentionPlace& place = block_place(s, false, blockIdx.x / parts, a.slots, rows);
   if (!place.any) return;  // the whole block
@@ -48,13 +49,14 @@ __global__ void __launch_bounds__(kAttentionWarps * 32, 1) attention_backward_ke
     if (s.left >= 0) end = min(end, place.first + rows + s.left - shift);
     if (s.lens && !s.lens_of_rows && place.first >= s.lens[place.batch]) end = 0;
     begin = begin / N * N;
-    spans[0] = {begin, begin < end ? (end - begin + N - 1) / N : 0};
+    const int tiles = begin < end ? (end - begin + N - 1) / N : 0;
+    spans[0] = {begin, tiles, s.heads / s.kv_heads * tiles};
   }
   __syncthreads();
   const QuerySpan& span = spans[0];
-  const int group = s.heads / s.kv_heads;
+  const auto head_of = [&](int step) { return place.head * (s.heads / s.kv_heads) + step / span.tiles; };
   const auto load_queries = [&](int step) {
-    const int head = place.head * group + step / span.tiles, query = span.begin + step % span.tiles * N;
+    const int head = head_of(step), query = span.begin + step % span.tiles * N;
     const int stage = step % kStages;
     T* to = q_tiles + stage * N * Tile::kPitch;
     load_tile<D>(to, a.q, a.q.at(place.batch, head, place.q0), N, query, place.n_q);
@@ -64,7 +66,7 @@ __global__ void __launch_bounds__(kAttentionWarps * 32, 1) attention_backward_ke
     if (row < N) stats[stage][row] = gradient_row(a, place, head, query + row);
     ptx::cp_async_commit();
   };
-  if (group * span.tiles > 0) load_queries(0);
+  if (span.steps > 0) load_queries(0);
 
   const int mine = 16 * R * warp;
   const float unit = s.scale * kLog2e;
@@ -72,20 +74,20 @@ __global__ void __launch_bounds__(kAttentionWarps * 32, 1) attention_backward_ke
   dk.clear();
   dv.clear();
 #pragma unroll 1
-  for (int step = 0; step < group * span.tiles; ++step) {
+  for (int step = 0; step < span.steps; ++step) {
     const int stage = step % kStages;
     const T* q = q_tiles + stage * N * Tile::kPitch;
     const T* grad = grad_tiles + stage * N * Tile::kPitch;
     ptx::cp_async_wait<0>();
     __syncthreads();  // the tiles of this step are here, and nobody reads those of the last one any more
-    if (kStages == 2 && step + 1 < group * span.tiles) load_queries(step + 1);
+    if (kStages == 2 && step + 1 < span.steps) load_queries(step + 1);
     Sums<R, N> p, dp;
     p.clear();
     dp.clear();
     rows_by_rows<D>(p, k_tile + mine * Tile::kPitch, q);
     rows_by_rows<D>(dp, v_tile + mine * Tile::kPitch, grad);
     const int query = span.begin + step % span.tiles * N;
-    const GeneralScore<T> score(s, place, place.head * group + step / span.tiles);
+    const GeneralScore<T> score(s, place, head_of(step));
     p.for_each([&](int r, int n, int e, int row, int column) {
       differentiate<General, true>(p.at[r][n][e], dp.at[r][n][e], stats[stage][column], score, unit, query + column,
                                    place.first + mine + row);
@@ -94,7 +96,7 @@ __global__ void __launch_bounds__(kAttentionWarps * 32, 1) attention_backward_ke
     weights_by_rows<D>(dk, dp, q + part * C);
     if (kStages == 1) {
       __syncthreads();
-      if (step + 1 < group * span.tiles) load_queries(step + 1);
+      if (step + 1 < span.steps) load_queries(step + 1);
     }
   }
   ptx::cp_async_wait<0>();  // k and v, of a block that no query sees

@@ -33,14 +33,14 @@ struct Sums {
         for (int e = 0; e < 4; ++e) at[r][n][e] = 0.0f;
   }
 
-  // body(r, n, e, row, column): every element that this lane holds.
+  // body(r, n, e, row, column): every element that this lane holds, column by column.
   template <class Body>
   __device__ __forceinline__ void for_each(const Body& body) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
-    for (int r = 0; r < R; ++r)
+    for (int n = 0; n < N / 8; ++n)
 #pragma unroll
-      for (int n = 0; n < N / 8; ++n)
+      for (int r = 0; r < R; ++r)
 #pragma unroll
         for (int e = 0; e < 4; ++e) body(r, n, e, 16 * r + lane / 4 + 8 * (e / 2), 8 * n + 2 * (lane % 4) + e % 2);
   }
