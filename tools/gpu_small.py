@@ -268,6 +268,45 @@ def selective_scan(device: str) -> int:
     return number
 
 
+def attention(device: str) -> int:
+    """Plain, with every option, and packed; each width of kernel, aligned rows and odd ones, no queries, no keys."""
+    number = 0
+    shapes = (  # batch, heads, kv_heads, n_q, n_k, head_dim, d_v
+        (2, 2, 1, 0, 3, 16, 16), (1, 2, 2, 3, 0, 16, 16), (1, 1, 1, 1, 2, 1, 1), (2, 4, 2, 35, 70, 32, 24),
+        (1, 2, 1, 70, 40, 64, 64), (1, 2, 1, 33, 66, 80, 127), (1, 1, 1, 20, 37, 256, 256),
+    )  # fmt: skip
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    for shape, way, dtype in itertools.product(shapes, ("plain", "options", "packed"), dtypes):
+        if way == "packed" and (shape[0] > 1 or 0 in shape):
+            continue
+
+        def run(backend, shape=shape, way=way, dtype=dtype):
+            batch, heads, kv_heads, n_q, n_k, head_dim, d_v = shape
+
+            def rows(heads, length, width):  # heads inside the length, as a projection leaves them
+                return torch.randn(batch, length, heads, width, device=device).to(dtype).transpose(1, 2)
+
+            leaves = [rows(heads, n_q, head_dim), rows(kv_heads, n_k, head_dim), rows(kv_heads, n_k, d_v)]
+            leaves = [t.detach().requires_grad_() for t in leaves]
+            options = {"causal": way == "plain"}
+            if way == "options":
+                leaves.append(torch.randn(1, heads, n_q, n_k, device=device).to(dtype).requires_grad_())
+                options = {
+                    "bias": leaves[3], "mask": torch.rand(batch, 1, 1, n_k, device=device) > 0.2, "softcap": 5.0,
+                    "valid_lens": torch.randint(0, n_k + 1, (batch, n_q), device=device), "window": (40, 3),
+                    "alibi_slopes": torch.rand(heads, device=device), "dropout_p": 0.2,
+                }  # fmt: skip
+            if way == "packed":
+                for name, total in (("cu_seqlens_q", n_q), ("cu_seqlens_k", n_k)):
+                    options[name] = torch.tensor([0, total // 3, total // 3, total], device=device)
+            y, lse = ops.attention(*leaves[:3], **options, return_lse=True, backend=backend)
+            return lse, *gradients(y, leaves, rows(heads, n_q, d_v))
+
+        compare(f"attention {shape} {way} {dtype}", run, 1e-3 if dtype == torch.float32 else 5e-2)
+        number += 1
+    return number
+
+
 CASES: dict[str, Callable[[str], int]] = {  # room -> function(device), returns how many cases it ran
     "norm": norm,
     "group_norm": group_norm,
@@ -280,6 +319,7 @@ CASES: dict[str, Callable[[str], int]] = {  # room -> function(device), returns 
     "rnn": functools.partial(recurrent, "rnn"),
     "linear_scan": linear_scan,
     "selective_scan": selective_scan,
+    "attention": attention,
 }
 
 
