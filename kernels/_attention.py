@@ -1,0 +1,257 @@
+"""What the Triton kernels of room attention share: which sequence a tile belongs to, which keys it sees, scores, the
+weights of dropout, and how a call becomes the arguments of a launch (contract: fastdl/ops/attention.py).
+
+Scores are kept in base 2, s log2(e), so that softmax is exp2. `row` and `key` are int32 numbers of queries and keys of
+one sequence, one of them [n, 1] and the other [1, n], so that a tile of scores may lie either way around.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import Case, capability, case, dropout, dropout_scale, tanh
+from .configs import Config, block_for, blocks, config
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# Arguments that Triton shall not make a constant of when they are 1, nor a kernel each for when 16 divides them.
+FREE = ("heads", "group", "n_q", "n_k", "sequences", "tiles", "left", "right", "lens_b", "lens_q", "slopes_b")
+
+
+@triton.jit
+def sequence_of(tile, cu, cu_other, sequences, total, other_total, BLOCK: tl.constexpr):
+    """(first row, rows, first row of the other tensor, its rows, first row of the tile within the sequence).
+
+    cu, cu_other int32 [sequences + 1]: where packed sequences begin. Sequence s has the tiles from cu[s] // BLOCK + s
+    on, as many as it needs or one more, so that a grid of total // BLOCK + sequences is known without reading cu.
+    """
+    if cu is None:
+        return 0, total, 0, other_total, tile * BLOCK
+    else:
+        low, high = tile * 0, tile * 0 + sequences - 1
+        while low < high:  # the last sequence whose first tile is not after this one
+            middle = (low + high + 1) // 2
+            reached = tl.load(cu + middle) // BLOCK + middle <= tile
+            low = tl.where(reached, middle, low)
+            high = tl.where(reached, high, middle - 1)
+        start = _within(tl.load(cu + low), 0, total)
+        stop = _within(tl.load(cu + low + 1), start, total)
+        other = _within(tl.load(cu_other + low), 0, other_total)
+        other_stop = _within(tl.load(cu_other + low + 1), other, other_total)
+        return start, stop - start, other, other_stop - other, (tile - start // BLOCK - low) * BLOCK
+
+
+@triton.jit
+def _within(value, low, high):
+    return tl.minimum(tl.maximum(value, low), high)
+
+
+@triton.jit
+def lengths_of(lens, row, n_q, n_k, lens_q, QUERY_LENS: tl.constexpr):
+    """How many keys lens leaves: int32, like row if QUERY_LENS, else a scalar. lens: at its batch."""
+    if lens is None:
+        return n_k
+    elif QUERY_LENS:
+        return _within(tl.load(lens + row.to(tl.int64) * lens_q, mask=row < n_q, other=0), 0, n_k)
+    else:
+        return _within(tl.load(lens), 0, n_k)
+
+
+@triton.jit
+def keys_of(
+    lens, first, n_q, n_k, left, right, lens_q,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, QUERY_LENS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Of the queries first .. first + ROWS - 1: (limit, start, a, b, stop).
+
+    They see the keys start .. stop - 1, and all of them see a .. b - 1. Loops begin at multiples of KEYS, so that which
+    keys are added together depends on nothing but their place. limit: as lengths_of, but [ROWS, 1] if QUERY_LENS.
+    """
+    row, shift = first + tl.arange(0, ROWS), n_k - n_q
+    last = tl.minimum(first + ROWS, n_q) - 1
+    limit = lengths_of(lens, row, n_q, n_k, lens_q, QUERY_LENS)
+    stop, full = limit, limit
+    if QUERY_LENS:
+        stop, full = tl.max(limit, 0), tl.min(tl.where(row < n_q, limit, n_k), 0)
+        limit = limit[:, None]
+    if RIGHT:
+        stop = tl.minimum(stop, last + shift + right + 1)
+        full = tl.minimum(full, first + shift + right + 1)
+    stop = tl.maximum(stop, 0)
+    full = tl.maximum(full, 0) // KEYS * KEYS
+    if LEFT:
+        start = tl.maximum(first + shift - left, 0) // KEYS * KEYS
+        a = tl.minimum(tl.cdiv(tl.maximum(last + shift - left, 0), KEYS) * KEYS, stop)
+    else:
+        start, a = 0, 0
+    return limit, start, a, tl.maximum(a, tl.minimum(full, stop)), stop
+
+
+@triton.jit
+def load_rows(at, lane, stride, rows, cols, EDGE: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr):
+    """[lanes, BLOCK] from at [rows, cols], 0 outside. EDGE: lanes may lie behind rows; EVEN: cols is BLOCK."""
+    row, col = lane[:, None], tl.arange(0, BLOCK)[None, :]
+    to = at + row * stride + col
+    if EVEN:
+        if EDGE:
+            return tl.load(to, mask=row < rows, other=0.0)
+        else:
+            return tl.load(to)
+    elif EDGE:
+        return tl.load(to, mask=(row < rows) & (col < cols), other=0.0)
+    else:
+        return tl.load(to, mask=col < cols, other=0.0)
+
+
+@triton.jit
+def store_rows(at, lane, stride, rows, cols, tile, BLOCK: tl.constexpr):
+    row, col = lane[:, None], tl.arange(0, BLOCK)[None, :]
+    tl.store(at + row * stride + col, tile.to(at.dtype.element_ty), mask=(row < rows) & (col < cols))
+
+
+@triton.jit
+def product(a, b):
+    """a b in float32. Single TF32 would round float32 operands to 10 bits."""
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def scores(
+    products, row, key, limit, bias, mask, slope, sizes, numbers, steps,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """(s in base 2, -inf where a key is hidden; tanh(t / softcap)) from q.k.
+
+    bias, mask: at their batch and head; slope in base 2; sizes: (queries, keys) of the sequence; numbers: (factor, cap,
+    left, right); steps: strides of bias and mask along queries and keys. EDGE: the tile may lie over the edge of the
+    keys that are seen.
+    """
+    n_q, n_k = sizes
+    factor, cap, left, right = numbers
+    bias_q, bias_k, mask_q, mask_k = steps
+    s = products * factor
+    curve = s
+    if SOFTCAP:
+        curve = tanh(s)
+        s = curve * cap
+    inside = (row < n_q) & (key < n_k)
+    if bias is not None:
+        at = row.to(tl.int64) * bias_q + key.to(tl.int64) * bias_k
+        s += tl.load(bias + at, mask=inside, other=0.0).to(tl.float32) * LOG2E
+    if slope is not None:
+        s -= slope * tl.abs(row + (n_k - n_q) - key).to(tl.float32)
+    if mask is not None:
+        at = row.to(tl.int64) * mask_q + key.to(tl.int64) * mask_k
+        s = tl.where(tl.load(mask + at, mask=inside, other=0) != 0, s, float("-inf"))
+    if EDGE:
+        seen = key < limit
+        if LEFT:
+            seen = seen & (key >= row + (n_k - n_q) - left)
+        if RIGHT:
+            seen = seen & (key <= row + (n_k - n_q) + right)
+        s = tl.where(seen, s, float("-inf"))
+    return s, curve
+
+
+@triton.jit
+def weights(seed, row, key, places):
+    """Dropout's factor of each probability: kept or 0. places: (number of the element (0, 0) of this head and sequence
+    in [B, H, total_q, total_k], total_k, p, kept)."""
+    first, total_k, p, kept = places
+    return dropout(1.0, tl.load(seed), first + row.to(tl.int64) * total_k + key, p, kept)
+
+
+# ---- Launches -------------------------------------------------------------------------------------------------------
+
+
+def table(kernel: str, dtype: torch.dtype) -> str:
+    """The entry of kernels/configs.py. float32 has tiles of its own: its products are sums in registers."""
+    return f"attention_{kernel}_float32" if dtype == torch.float32 else f"attention_{kernel}"
+
+
+def chosen(kernel: str, q: Tensor, v: Tensor) -> Config:
+    name = table(kernel, q.dtype)
+    return config(name, capability(q.device), block_for(name, max(q.shape[3], v.shape[3])))
+
+
+def block(cols: int) -> int:
+    """The tile that holds a row of cols elements."""
+    return max(32, triton.next_power_of_2(cols))
+
+
+def plain(t: Tensor) -> Tensor:
+    """t [B, H, n, D] with elements of a row side by side, and offsets within a tile of up to 256 rows in 32 bits."""
+    return t if t.stride(3) == 1 and t.stride(2) < 2**23 else t.contiguous()
+
+
+def strides(name: str, t: Tensor | None, letters: str) -> dict[str, int]:
+    """{"q_b": distance between batches, ...}; 0 where a dimension is broadcast."""
+    if t is None:
+        return {f"{name}_{letter}": 0 for letter in letters}
+    found = zip(letters, t.shape, t.stride(), strict=False)
+    return {f"{name}_{letter}": 0 if size == 1 else stride for letter, size, stride in found}
+
+
+def arguments(
+    q, k, v, bias, mask, lens, cu_q, cu_k, slopes, seed, p, scale, softcap, left, right
+) -> dict[str, Any]:  # fmt: skip
+    """Arguments by name that all kernels take, from those of the ops (fastdl/reference/attention.py)."""
+    (_, heads, n_q, d), (_, groups, n_k, d_v) = q.shape, v.shape
+    q, k, v = plain(q), plain(k), plain(v)
+    mask = None if mask is None else mask.view(torch.uint8)
+    cu_q, cu_k = (None if t is None else t.contiguous() for t in (cu_q, cu_k))
+    slopes = None if slopes is None else slopes.contiguous()
+    found = {"q": q, "k": k, "v": v, "bias": bias, "mask": mask, "lens": lens, "cu_q": cu_q, "cu_k": cu_k}
+    found |= {"slopes": slopes, "seed": seed}
+    found |= strides("q", q, "bhn") | strides("k", k, "bhn") | strides("v", v, "bhn")
+    found |= strides("bias", bias, "bhqk") | strides("mask", mask, "bhqk")
+    found |= {"lens_b": 0, "lens_q": 0} | strides("lens", lens, "bq")
+    found |= {"slopes_b": 0 if slopes is None or slopes.shape[0] == 1 else heads}
+    found |= {"heads": heads, "group": heads // max(groups, 1), "n_q": n_q, "n_k": n_k, "d": d, "d_v": d_v}
+    found |= {"sequences": 1 if cu_q is None else cu_q.shape[0] - 1}
+    far = n_q + n_k  # as good as unlimited, and sums of it stay in 32 bits
+    found |= {"left": min(left, far), "right": min(right, far), "p": p, "kept": dropout_scale(p)}
+    log2e = math.log2(math.e)
+    found |= {"factor": scale / softcap if softcap > 0 else scale * log2e, "cap": softcap * log2e}
+    found |= {"LEFT": left >= 0, "RIGHT": right >= 0, "SOFTCAP": softcap > 0}
+    found |= {"QUERY_LENS": lens is not None and lens.dim() == 2}
+    found |= {"EVEN_D": d == block(d), "EVEN_V": d_v == block(d_v), "BLOCK_D": block(d), "BLOCK_V": block(d_v)}
+    return found
+
+
+def tiles_of(rows: int, size: int, cu: Tensor | None) -> int:
+    """Tiles of ``size`` rows that are launched for a plane; packed sequences: see sequence_of."""
+    return triton.cdiv(rows, size) if cu is None else rows // size + cu.shape[0] - 1
+
+
+# ---- Cases to compile -----------------------------------------------------------------------------------------------
+
+_NARROW = dict.fromkeys(("q", "k", "v", "bias", "out", "grad", "dq", "dk", "dv"), "narrow")
+_TYPES = _NARROW | {"mask": "*u8", "lens": "*i32", "cu_q": "*i32", "cu_k": "*i32", "seed": "*i64"}
+_TYPES |= dict.fromkeys(("lse", "slopes", "delta", "dlse", "dbias"), "*fp32")
+_TYPES |= dict.fromkeys(("p", "kept", "factor", "cap", "scale"), "fp32")
+_NONE: dict[str, Any] = dict.fromkeys(("bias", "mask", "lens", "cu_q", "cu_k", "slopes", "seed", "dlse"))
+_SWITCHES = {"LEFT": False, "RIGHT": True, "SOFTCAP": False, "QUERY_LENS": False}
+CAUSAL = {**_NONE, **_SWITCHES, "EVEN_D": True, "EVEN_V": True}
+ALL = dict.fromkeys((*_SWITCHES, "EVEN_D", "EVEN_V"), True) | {"cu_q": None, "cu_k": None, "EVEN_D": False}
+PACKED = {**_SWITCHES, **dict.fromkeys(("bias", "mask", "lens", "seed", "dlse")), "EVEN_D": True, "EVEN_V": True}
+
+
+def kernel_cases(kernel: Any, cc: int, options: Mapping[str, Mapping[str, Any]]) -> Iterator[Case]:
+    """Every tile of a kernel, 16 bits and float32, with each set of options (note -> what is constant)."""
+    for dtype in ("*fp16" if cc < 80 else "*bf16", "*fp32"):
+        name = table(kernel.__name__, torch.float32 if dtype == "*fp32" else torch.float16)
+        types = {key: _TYPES.get(key, "i32") for key in kernel.arg_names}
+        types = {key: dtype if kind == "narrow" else kind for key, kind in types.items()}
+        for width in blocks(name):
+            c = config(name, cc, width)
+            for note, constants in options.items():
+                tile = {**constants, "BLOCK_D": width, "BLOCK_V": width, "KEYS": c.keys}
+                yield case(name, kernel, types, width, c, tile, note)
