@@ -161,6 +161,24 @@ def scores(
 
 
 @triton.jit
+def at_plane(t, b, h, t_b, t_h):
+    """t at a batch and head; None stays."""
+    if t is None:
+        return None
+    else:
+        return t + b * t_b + h * t_h
+
+
+@triton.jit
+def slope_of(slopes, b, h, slopes_b):
+    """ALiBi's slope in base 2; None where there is none."""
+    if slopes is None:
+        return None
+    else:
+        return tl.load(slopes + b * slopes_b + h) * LOG2E
+
+
+@triton.jit
 def weights(seed, row, key, places):
     """Dropout's factor of each probability: kept or 0. places: (number of the element (0, 0) of this head and sequence
     in [B, H, total_q, total_k], total_k, p, kept)."""
@@ -168,17 +186,45 @@ def weights(seed, row, key, places):
     return dropout(1.0, tl.load(seed), first + row.to(tl.int64) * total_k + key, p, kept)
 
 
+@triton.jit
+def row_sums(lse, delta, row, n_q):
+    """What the forward left of queries: lse in base 2 and delta. Rows that see no key, or do not exist, have the lse
+    infinity, which makes their probabilities 0."""
+    top = tl.load(lse + row, mask=row < n_q, other=float("-inf"))
+    top = tl.where(top == float("-inf"), float("inf"), top * LOG2E)
+    return top, tl.load(delta + row, mask=row < n_q, other=0.0)
+
+
+@triton.jit
+def gradients(s, curve, dp, top, less, seed, row, key, places, SOFTCAP: tl.constexpr):
+    """(D P, ds, dt) of a tile from its scores, dO v^T, and row_sums, which lie as row does."""
+    p = tl.exp2(s - top)
+    dropped = p
+    if seed is not None:
+        kept = weights(seed, row, key, places)
+        dropped = p * kept
+        dp *= kept
+    ds = p * (dp - less)
+    dt = ds
+    if SOFTCAP:
+        dt = ds * (1.0 - curve * curve)
+    return dropped, ds, dt
+
+
 # ---- Launches -------------------------------------------------------------------------------------------------------
 
 
-def table(kernel: str, dtype: torch.dtype) -> str:
-    """The entry of kernels/configs.py. float32 has tiles of its own: its products are sums in registers."""
-    return f"attention_{kernel}_float32" if dtype == torch.float32 else f"attention_{kernel}"
+def table(kernel: str, dtype: torch.dtype, split: bool = True) -> str:
+    """The entry of kernels/configs.py. float32 has tiles of its own, because its products are sums in registers, and so
+    have calls with options that take registers for themselves."""
+    return f"attention_{kernel}{'_float32' if dtype == torch.float32 else '' if split else '_options'}"
 
 
-def chosen(kernel: str, q: Tensor, v: Tensor) -> Config:
-    name = table(kernel, q.dtype)
-    return config(name, capability(q.device), block_for(name, max(q.shape[3], v.shape[3])))
+def chosen(kernel: str, given: Mapping[str, Any]) -> Config:
+    """given: as `arguments` gives it."""
+    q = given["q"]
+    name = table(kernel, q.dtype, given["SPLIT"] or kernel == "dbias")
+    return config(name, capability(q.device), block_for(name, max(given["d"], given["d_v"])))
 
 
 def block(cols: int) -> int:
@@ -222,6 +268,9 @@ def arguments(
     found |= {"factor": scale / softcap if softcap > 0 else scale * log2e, "cap": softcap * log2e}
     found |= {"LEFT": left >= 0, "RIGHT": right >= 0, "SOFTCAP": softcap > 0}
     found |= {"QUERY_LENS": lens is not None and lens.dim() == 2}
+    # Tiles that are seen whole have a loop of their own, without comparisons, where these are much of the work.
+    plain_scores = bias is None and mask is None and slopes is None and softcap <= 0
+    found |= {"SPLIT": plain_scores and seed is None and not found["QUERY_LENS"]}
     found |= {"EVEN_D": d == block(d), "EVEN_V": d_v == block(d_v), "BLOCK_D": block(d), "BLOCK_V": block(d_v)}
     return found
 
@@ -237,21 +286,25 @@ _NARROW = dict.fromkeys(("q", "k", "v", "bias", "out", "grad", "dq", "dk", "dv")
 _TYPES = _NARROW | {"mask": "*u8", "lens": "*i32", "cu_q": "*i32", "cu_k": "*i32", "seed": "*i64"}
 _TYPES |= dict.fromkeys(("lse", "slopes", "delta", "dlse", "dbias"), "*fp32")
 _TYPES |= dict.fromkeys(("p", "kept", "factor", "cap", "scale"), "fp32")
+_SWITCHES = ("LEFT", "RIGHT", "SOFTCAP", "QUERY_LENS", "SPLIT", "EVEN_D", "EVEN_V")
 _NONE: dict[str, Any] = dict.fromkeys(("bias", "mask", "lens", "cu_q", "cu_k", "slopes", "seed", "dlse"))
-_SWITCHES = {"LEFT": False, "RIGHT": True, "SOFTCAP": False, "QUERY_LENS": False}
-CAUSAL = {**_NONE, **_SWITCHES, "EVEN_D": True, "EVEN_V": True}
-ALL = dict.fromkeys((*_SWITCHES, "EVEN_D", "EVEN_V"), True) | {"cu_q": None, "cu_k": None, "EVEN_D": False}
-PACKED = {**_SWITCHES, **dict.fromkeys(("bias", "mask", "lens", "seed", "dlse")), "EVEN_D": True, "EVEN_V": True}
+_NONE |= dict.fromkeys(_SWITCHES, False) | {"EVEN_D": True, "EVEN_V": True}
+CAUSAL = {**_NONE, "SPLIT": True, "RIGHT": True}
+PACKED = {key: value for key, value in CAUSAL.items() if key not in ("cu_q", "cu_k")}
+OPTIONS = {"cu_q": None, "cu_k": None, **dict.fromkeys(_SWITCHES, True), "SPLIT": False, "EVEN_D": False}
 
 
-def kernel_cases(kernel: Any, cc: int, options: Mapping[str, Mapping[str, Any]]) -> Iterator[Case]:
-    """Every tile of a kernel, 16 bits and float32, with each set of options (note -> what is constant)."""
+def kernel_cases(kernel: Any, cc: int) -> Iterator[Case]:
+    """Every tile of a kernel: causal, and with every option but packed sequences, which the narrowest has alone."""
     for dtype in ("*fp16" if cc < 80 else "*bf16", "*fp32"):
-        name = table(kernel.__name__, torch.float32 if dtype == "*fp32" else torch.float16)
         types = {key: _TYPES.get(key, "i32") for key in kernel.arg_names}
         types = {key: dtype if kind == "narrow" else kind for key, kind in types.items()}
-        for width in blocks(name):
-            c = config(name, cc, width)
-            for note, constants in options.items():
+        for note, constants in (("causal", CAUSAL), ("options", OPTIONS), ("packed", PACKED)):
+            if ("cap" not in types and note != "options") or ("dbias" in types and note != "options"):
+                continue
+            wide = torch.float32 if dtype == "*fp32" else torch.float16
+            name = table(kernel.__name__, wide, constants["SPLIT"] or "SPLIT" not in kernel.arg_names)
+            for width in blocks(name)[: 1 if note == "packed" else None]:
+                c = config(name, cc, width)
                 tile = {**constants, "BLOCK_D": width, "BLOCK_V": width, "KEYS": c.keys}
                 yield case(name, kernel, types, width, c, tile, note)

@@ -23,13 +23,10 @@ from torch import Tensor
 
 from ..reference.attention import output_like
 from ._attention import (
-    ALL,
-    CAUSAL,
     FREE,
     LN2,
-    LOG2E,
-    PACKED,
     arguments,
+    at_plane,
     chosen,
     kernel_cases,
     keys_of,
@@ -37,14 +34,17 @@ from ._attention import (
     product,
     scores,
     sequence_of,
+    slope_of,
     store_rows,
     strides,
     tiles_of,
     weights,
-)
+)  # fmt: skip
 from ._common import Case, on
+from .attention_backward import KERNELS, attention_backward
+from .attention_bias import dbias
 
-__all__ = ["attention_forward", "compile_cases"]
+__all__ = ["attention_backward", "attention_forward", "compile_cases"]
 
 
 @triton.jit
@@ -80,23 +80,17 @@ def forward(
     q, k, v, bias, mask, lens, cu_q, cu_k, slopes, seed, out, lse, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, out_b,
     out_h, out_n, bias_b, bias_h, bias_q, bias_k, mask_b, mask_h, mask_q, mask_k, lens_b, lens_q, slopes_b, heads,
     group, n_q, n_k, sequences, tiles, d, d_v, p, kept, factor, cap, left, right,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, QUERY_LENS: tl.constexpr, EVEN_D: tl.constexpr,
-    EVEN_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, QUERY_LENS: tl.constexpr, SPLIT: tl.constexpr,
+    EVEN_D: tl.constexpr, EVEN_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
 ):  # fmt: skip
     """q, out [B, H, n_q, *], k, v [B, G, n_k, *], lse float32 [B, H, n_q]; the others as the launcher explains them."""
     tile = tiles - 1 - tl.program_id(0) % tiles  # under a causal mask the last have the most to do
     plane = (tl.program_id(0) // tiles).to(tl.int64)
     b, h = plane // heads, plane % heads
     q_start, rows, k_start, keys, first = sequence_of(tile, cu_q, cu_k, sequences, n_q, n_k, ROWS)
-    if lens is not None:
-        lens += b * lens_b
-    if bias is not None:
-        bias += b * bias_b + h * bias_h
-    if mask is not None:
-        mask += b * mask_b + h * mask_h
-    slope = slopes
-    if slopes is not None:
-        slope = tl.load(slopes + b * slopes_b + h) * LOG2E
+    lens, slope = at_plane(lens, b, h, lens_b, 0), slope_of(slopes, b, h, slopes_b)
+    bias, mask = at_plane(bias, b, h, bias_b, bias_h), at_plane(mask, b, h, mask_b, mask_h)
     limit, start, a, e, stop = keys_of(
         lens, first, rows, keys, left, right, lens_q, LEFT, RIGHT, QUERY_LENS, ROWS, KEYS
     )
@@ -113,17 +107,19 @@ def forward(
     places = ((plane * n_q + q_start) * n_k + k_start, n_k, p, kept)
     o = tl.zeros([ROWS, BLOCK_V], tl.float32)
     top, total = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
-    if LEFT:
+    if SPLIT:
+        if LEFT:
+            o, top, total = _stream(
+                o, top, total, q_tile, k, v, k_n, v_n, d, d_v, row, start, a, limit, visible, bias, mask, slope, seed,
+                sizes, numbers, steps, places, LEFT, RIGHT, SOFTCAP, True, EVEN_D, EVEN_V, BLOCK_D, BLOCK_V, KEYS,
+            )  # fmt: skip
         o, top, total = _stream(
-            o, top, total, q_tile, k, v, k_n, v_n, d, d_v, row, start, a, limit, visible, bias, mask, slope, seed,
-            sizes, numbers, steps, places, LEFT, RIGHT, SOFTCAP, True, EVEN_D, EVEN_V, BLOCK_D, BLOCK_V, KEYS,
+            o, top, total, q_tile, k, v, k_n, v_n, d, d_v, row, a, e, limit, visible, bias, mask, slope, seed, sizes,
+            numbers, steps, places, LEFT, RIGHT, SOFTCAP, False, EVEN_D, EVEN_V, BLOCK_D, BLOCK_V, KEYS,
         )  # fmt: skip
+        start = e
     o, top, total = _stream(
-        o, top, total, q_tile, k, v, k_n, v_n, d, d_v, row, a, e, limit, visible, bias, mask, slope, seed, sizes,
-        numbers, steps, places, LEFT, RIGHT, SOFTCAP, False, EVEN_D, EVEN_V, BLOCK_D, BLOCK_V, KEYS,
-    )  # fmt: skip
-    o, top, total = _stream(
-        o, top, total, q_tile, k, v, k_n, v_n, d, d_v, row, e, stop, limit, visible, bias, mask, slope, seed, sizes,
+        o, top, total, q_tile, k, v, k_n, v_n, d, d_v, row, start, stop, limit, visible, bias, mask, slope, seed, sizes,
         numbers, steps, places, LEFT, RIGHT, SOFTCAP, True, EVEN_D, EVEN_V, BLOCK_D, BLOCK_V, KEYS,
     )  # fmt: skip
     blind = total == 0.0
@@ -143,7 +139,7 @@ def attention_forward(
     if out.numel() == 0 or n_k == 0:
         return out.zero_(), lse.fill_(-torch.inf)
     given = arguments(q, k, v, bias, mask, lens, cu_q, cu_k, slopes, seed, p, scale, softcap, left, right)
-    c = chosen("forward", q, v)
+    c = chosen("forward", given)
     tiles = tiles_of(n_q, c.rows, cu_q)
     with on(q.device):
         forward[(tiles * batch * heads,)](
@@ -154,5 +150,5 @@ def attention_forward(
 
 def compile_cases(cc: int) -> Iterator[Case]:
     """What tools/triton_compile.py compiles for the room: every kernel and tile, causal and with every option on."""
-    options = {"causal": CAUSAL, "all options": ALL}
-    yield from kernel_cases(forward, cc, {**options, "packed": PACKED})
+    for kernel in (forward, *KERNELS, dbias):
+        yield from kernel_cases(kernel, cc)

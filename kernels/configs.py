@@ -49,12 +49,32 @@ _ATTENTION: dict[str, dict[int, Config]] = {
         128: Config(128, 8, 2, keys=64),
         256: Config(64, 8, 2, keys=32),
     },
-    "attention_forward_float32": {
-        32: Config(64, 4, keys=32),
-        64: Config(64, 4, keys=32),
-        128: Config(32, 4, keys=32),
-        256: Config(32, 8, keys=32),
+    "attention_backward_keys": {
+        32: Config(64, 4, 2, keys=64),
+        64: Config(64, 8, 2, keys=64),
+        128: Config(32, 8, 2, keys=64),
+        256: Config(32, 8, 1, keys=32),
     },
+    "attention_backward_queries": {
+        32: Config(64, 4, 2, keys=64),
+        64: Config(64, 4, 2, keys=64),
+        128: Config(64, 8, 2, keys=32),
+        256: Config(32, 8, 1, keys=32),
+    },
+    **{
+        f"attention_{name}": {
+            32: Config(32, 4, keys=32),
+            64: Config(32, 4, keys=32),
+            128: Config(32, 8, keys=32),
+            256: Config(32, 8, keys=32),
+        }
+        for name in (
+            *("forward_options", "backward_keys_options", "backward_queries_options", "dbias"),
+            *("forward_float32", "backward_keys_float32", "backward_queries_float32", "dbias_float32"),
+        )
+    },
+    "attention_delta": {32: Config(128, 4), 64: Config(64, 4), 128: Config(32, 4), 256: Config(16, 4)},
+    "attention_delta_float32": {32: Config(128, 4), 64: Config(64, 4), 128: Config(32, 4), 256: Config(16, 4)},
 }
 
 
