@@ -79,11 +79,12 @@ def _queries(
     n_q, n_k = sizes
     for first in range(begin, end, ROWS):
         row = (first + lane)[None, :]
+        reach = limit
         if QUERY_LENS:
-            limit = lengths_of(lens, row, n_q, n_k, lens_q, True)
+            reach = lengths_of(lens, row, n_q, n_k, lens_q, True)
         q_tile = load_rows(q + first * far_q, lane, q_n, n_q - first, d, True, EVEN_D, BLOCK_D)
         s, curve = scores(
-            product(k_tile, tl.trans(q_tile)), row, key, limit, bias, mask, slope, sizes, numbers, steps, LEFT, RIGHT,
+            product(k_tile, tl.trans(q_tile)), row, key, reach, bias, mask, slope, sizes, numbers, steps, LEFT, RIGHT,
             SOFTCAP, EDGE,
         )  # fmt: skip
         g_tile = load_rows(grad + first * far_g, lane, grad_n, n_q - first, d_v, True, EVEN_V, BLOCK_V)

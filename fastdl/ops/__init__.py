@@ -49,7 +49,7 @@ ROOMS: dict[str, Room] = {
     "linear_scan": Room(("linear_scan",), ("cpu", "cuda", "triton"), ("QRNN", "S4D")),
     "selective_scan": Room(("selective_scan",), ("cpu", "cuda", "triton"), ("Mamba",)),
     "rope": Room(("rope", "rope_table")),
-    "attention": Room(("attention",), ("cpu",)),
+    "attention": Room(("attention",), ("cpu", "triton")),
     "attention_decode": Room(("attention_decode",), ("cpu",)),
     "activation": Room(("activation", "swiglu", "geglu"), ("cpu", "cuda", "triton"), ("Activation", "GatedMLP")),
 }
