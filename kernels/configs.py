@@ -35,9 +35,12 @@ class Config(NamedTuple):
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
-def _each(name: str, table: dict[int, Config]) -> dict[str, dict[int, Config]]:
-    """The same table for the recurrent rooms."""
-    return {name.format(room): dict(table) for room in ("lstm", "gru", "rnn")}
+RECURRENT = ("lstm", "gru", "rnn")
+
+
+def _each(name: str, table: dict[int, Config], kinds: tuple[str, ...] = RECURRENT) -> dict[str, dict[int, Config]]:
+    """The same table for several kernels."""
+    return {name.format(kind): dict(table) for kind in kinds}
 
 
 # Attention: block is the wider of head_dim and d_v, a tile of scores is [rows, keys]. Accumulators, [rows, block] or in
@@ -46,35 +49,54 @@ _ATTENTION: dict[str, dict[int, Config]] = {
     "attention_forward": {
         32: Config(128, 4, 3, keys=64),
         64: Config(128, 4, 3, keys=64),
-        128: Config(128, 8, 2, keys=64),
+        128: Config(128, 8, 3, keys=64),
         256: Config(64, 8, 2, keys=32),
     },
     "attention_backward_keys": {
         32: Config(64, 4, 2, keys=64),
-        64: Config(64, 8, 2, keys=64),
+        64: Config(32, 8, 2, keys=64),
         128: Config(32, 8, 2, keys=64),
-        256: Config(32, 8, 1, keys=32),
+        256: Config(32, 8, 2, keys=32),
     },
     "attention_backward_queries": {
         32: Config(64, 4, 2, keys=64),
-        64: Config(64, 4, 2, keys=64),
-        128: Config(64, 8, 2, keys=32),
-        256: Config(32, 8, 1, keys=32),
+        64: Config(128, 8, 3, keys=64),
+        128: Config(128, 8, 2, keys=64),
+        256: Config(32, 8, 2, keys=32),
     },
-    **{
-        f"attention_{name}": {
+    # bias, mask, softcap, ALiBi and dropout take registers for every score
+    **_each(
+        "attention_{}",
+        {
             32: Config(32, 4, keys=32),
             64: Config(32, 4, keys=32),
             128: Config(32, 8, keys=32),
             256: Config(32, 8, keys=32),
-        }
-        for name in (
-            *("forward_options", "backward_keys_options", "backward_queries_options", "dbias"),
-            *("forward_float32", "backward_keys_float32", "backward_queries_float32", "dbias_float32"),
-        )
+        },
+        ("forward_options", "backward_keys_options", "backward_queries_options", "dbias"),
+    ),
+    # both operands of a product lie in registers, a row of them whole
+    "attention_forward_float32": {
+        32: Config(32, 4, keys=32),
+        64: Config(32, 4, keys=32),
+        128: Config(32, 8, keys=32),
+        256: Config(16, 8, keys=32),
     },
-    "attention_delta": {32: Config(128, 4), 64: Config(64, 4), 128: Config(32, 4), 256: Config(16, 4)},
-    "attention_delta_float32": {32: Config(128, 4), 64: Config(64, 4), 128: Config(32, 4), 256: Config(16, 4)},
+    **_each(
+        "attention_{}_float32",
+        {
+            32: Config(32, 4, keys=32),
+            64: Config(32, 8, keys=32),
+            128: Config(16, 8, keys=16),
+            256: Config(16, 8, keys=16),
+        },
+        ("backward_keys", "backward_queries", "dbias"),
+    ),
+    **_each(
+        "attention_{}",
+        {32: Config(128, 4), 64: Config(64, 4), 128: Config(32, 4), 256: Config(16, 4)},
+        ("delta", "delta_float32"),
+    ),
 }
 
 
@@ -144,8 +166,14 @@ _TABLE: dict[str, dict[int, Config]] = {
 _CLASSES = {75: "turing", 80: "ampere", 89: "ada", 90: "hopper", 100: "blackwell", 120: "blackwell"}  # from cc on
 _DEPARTURES: dict[str, dict[tuple[str, int], Config]] = {
     "interpreted": {(name, block): Config(32, 1, keys=16) for name, table in _ATTENTION.items() for block in table},
-    # 12 registers a thread more than the others
+    # 12 registers a thread more than the others; attention's products of 16 bits are sums in registers too
     "turing": {
+        **{
+            (name.removesuffix("_float32"), block): found
+            for name, table in _ATTENTION.items()
+            if name.endswith("_float32") and "delta" not in name
+            for block, found in table.items()
+        },
         ("norm_backward", 1024): Config(1, 4, programs=5),
         ("norm_backward", 2048): Config(1, 8, programs=2),
     },
