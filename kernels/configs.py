@@ -166,14 +166,16 @@ _TABLE: dict[str, dict[int, Config]] = {
 _CLASSES = {75: "turing", 80: "ampere", 89: "ada", 90: "hopper", 100: "blackwell", 120: "blackwell"}  # from cc on
 _DEPARTURES: dict[str, dict[tuple[str, int], Config]] = {
     "interpreted": {(name, block): Config(32, 1, keys=16) for name, table in _ATTENTION.items() for block in table},
-    # 12 registers a thread more than the others; attention's products of 16 bits are sums in registers too
+    # 12 registers a thread more than the others; attention's products of 16 bits are sums in registers, as of float32
     "turing": {
         **{
-            (name.removesuffix("_float32"), block): found
+            (name.replace("_float32", kind), block): found
             for name, table in _ATTENTION.items()
-            if name.endswith("_float32") and "delta" not in name
             for block, found in table.items()
+            for kind in ("", "_options", "_float32")
+            if name.endswith("_float32") and name.replace("_float32", kind) in _ATTENTION
         },
+        **{(f"attention_backward_keys{k}", 256): Config(16, 8, keys=8) for k in ("", "_options", "_float32")},
         ("norm_backward", 1024): Config(1, 4, programs=5),
         ("norm_backward", 2048): Config(1, 8, programs=2),
     },
