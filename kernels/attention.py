@@ -25,10 +25,7 @@ from ..reference.attention import output_like
 from ._attention import (
     FREE,
     LN2,
-    arguments,
     at_plane,
-    chosen,
-    kernel_cases,
     keys_of,
     load_rows,
     product,
@@ -36,10 +33,9 @@ from ._attention import (
     sequence_of,
     slope_of,
     store_rows,
-    strides,
-    tiles_of,
     weights,
 )  # fmt: skip
+from ._attention_launch import arguments, chosen, kernel_cases, strides, tiles_of
 from ._common import Case, on
 from .attention_backward import KERNELS, attention_backward
 from .attention_bias import dbias

@@ -21,24 +21,19 @@ from torch import Tensor
 from ..reference.attention import output_like
 from ._attention import (
     FREE,
-    arguments,
     at_plane,
-    chosen,
     gradients,
     keys_of,
     lengths_of,
     load_rows,
-    plain,
     product,
     row_sums,
     scores,
     sequence_of,
     slope_of,
     store_rows,
-    strides,
-    table,
-    tiles_of,
 )  # fmt: skip
+from ._attention_launch import arguments, chosen, plain, strides, table, tiles_of
 from ._common import capability, on
 from .attention_bias import bias_gradient
 from .configs import config

@@ -18,18 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._attention import (
-    FREE,
-    at_plane,
-    chosen,
-    gradients,
-    lengths_of,
-    load_rows,
-    product,
-    row_sums,
-    scores,
-    slope_of,
-)  # fmt: skip
+from ._attention import FREE, at_plane, gradients, lengths_of, load_rows, product, row_sums, scores, slope_of
+from ._attention_launch import chosen
 from ._recurrent_launch import sums
 
 

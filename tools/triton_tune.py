@@ -5,8 +5,8 @@
 
 Opt-in: nothing in fastdl times kernels by itself. For every kernel and tile that a room's work (WORK) launches, the
 neighbours of its configuration are tried: tiles of half and twice the rows or keys, 1 to 32 warps, half to four
-times the programs. A candidate is timed only if its results agree with the torch back end, and taken when it is at least 3 %
-faster. Test: pytest tests/test_triton_tune.py
+times the programs. A candidate is timed only if its results agree with the torch back end, and taken when it is at
+least 3 % faster. Test: pytest tests/test_triton_tune.py
 """
 
 from __future__ import annotations
