@@ -55,7 +55,7 @@ ROOMS: dict[str, Room] = {
         ("cpu", "cuda", "triton"),
         ("PositionalEncoding", "LearnedPositionalEncoding"),
     ),
-    "attention": Room(("attention",), ("cpu", "cuda")),
+    "attention": Room(("attention",), ("cpu", "cuda", "triton")),
     "attention_decode": Room(("attention_decode",), ("cpu",)),
     "activation": Room(("activation", "swiglu", "geglu"), ("cpu", "cuda", "triton"), ("Activation", "GatedMLP")),
 }
