@@ -1,6 +1,8 @@
 """Drop-in modules, one file a room."""
 
+from ._transformer import TransformerDecoderLayer, TransformerEncoderLayer
 from .activation import Activation, GatedMLP
+from .attention import MultiheadAttention
 from .batch_norm import BatchNorm1d, BatchNorm2d
 from .group_norm import GroupNorm
 from .gru import GRU, GRUCell
@@ -26,8 +28,11 @@ __all__ = [
     "LSTMCell",
     "LayerNorm",
     "Mamba",
+    "MultiheadAttention",
     "QuantEmbedding",
     "QuantLinear",
     "RMSNorm",
     "RNNCell",
+    "TransformerDecoderLayer",
+    "TransformerEncoderLayer",
 ]

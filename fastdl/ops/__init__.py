@@ -48,7 +48,9 @@ ROOMS: dict[str, Room] = {
     "linear_scan": Room(("linear_scan",), ("cpu", "cuda", "triton"), ("QRNN", "S4D")),
     "selective_scan": Room(("selective_scan",), ("cpu", "cuda", "triton"), ("Mamba",)),
     "rope": Room(("rope", "rope_table")),
-    "attention": Room(("attention",), ("cpu",)),
+    "attention": Room(
+        ("attention",), ("cpu",), ("MultiheadAttention", "TransformerEncoderLayer", "TransformerDecoderLayer")
+    ),
     "activation": Room(("activation", "swiglu", "geglu"), ("cpu", "cuda", "triton"), ("Activation", "GatedMLP")),
 }
 
