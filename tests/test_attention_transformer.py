@@ -95,7 +95,7 @@ def test_decoder_that_is_causal_without_a_mask(native):
 
 @pytest.mark.parametrize("norm_first", [False, True], ids=["post-norm", "pre-norm"])
 def test_in_torchs_encoder(native, norm_first):
-    """In training and in inference, where torch makes nested tensors of padded batches; padding is then 0 as in torch."""
+    """In training and in inference, where torch makes nested tensors of padded batches."""
     ours, theirs = layers(ENCODER, batch_first=True, norm_first=norm_first)
     nested = not norm_first
     models = [nn.TransformerEncoder(layer, 2, nn.LayerNorm(E), nested) for layer in (ours, theirs)]

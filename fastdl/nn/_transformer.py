@@ -97,8 +97,8 @@ class _Layer:
 class TransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
     """``torch.nn.TransformerEncoderLayer`` on fastdl's kernels: attention, dropout with add and layer norm, activation.
 
-    d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device, dtype: as
-              torch's; fused activations are relu, gelu and silu, another one is called
+    d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device, dtype
+              as torch's; fused activations are relu, gelu and silu, another one is called
     backend   of all parts: None or "auto", "cpu", "cuda", "triton", "torch"
 
     ``forward(src, src_mask=None, src_key_padding_mask=None, is_causal=False)`` as torch's layer; masks are those of
@@ -113,7 +113,8 @@ class TransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
     >>> model(torch.randn(2, 5, 16), src_key_padding_mask=padding).shape
     torch.Size([2, 5, 16])
 
-    Source: Vaswani et al. (2017); norm_first: Xiong et al., "On Layer Normalization in the Transformer Architecture" (2020).
+    Source: Vaswani et al. (2017); norm_first: Xiong et al., "On Layer Normalization in the Transformer
+    Architecture" (2020).
     """
 
     def __init__(
@@ -166,9 +167,7 @@ class TransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
     def _nested(self, src: Tensor, src_mask: Tensor | None, src_key_padding_mask: Tensor | None) -> Tensor:
         """src nested [batch, (lengths), d_model] -> the same, computed as rows of all sequences one after the other."""
         if src_mask is not None or src_key_padding_mask is not None:
-            raise ValueError(
-                "src_mask, src_key_padding_mask: expected None beside a nested src, whose lengths say it all"
-            )
+            raise ValueError("src_mask, src_key_padding_mask: expected None beside a nested src")
         if not isinstance(self.self_attn, MultiheadAttention):
             return super().forward(src)
         parts = src.unbind()
@@ -181,8 +180,8 @@ class TransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
 class TransformerDecoderLayer(_Layer, nn.TransformerDecoderLayer):
     """``torch.nn.TransformerDecoderLayer`` on fastdl's kernels, as `TransformerEncoderLayer` is the encoder's.
 
-    d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device, dtype: as
-              torch's
+    d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device, dtype
+              as torch's
     backend   of all parts: None or "auto", "cpu", "cuda", "triton", "torch"
 
     ``forward(tgt, memory, tgt_mask=None, memory_mask=None, tgt_key_padding_mask=None, memory_key_padding_mask=None,

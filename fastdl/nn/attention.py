@@ -26,8 +26,9 @@ class MultiheadAttention(nn.MultiheadAttention):
     backend   None or "auto", "cpu", "cuda", "triton", "torch"
 
     ``forward(query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True,
-    is_causal=False)`` -> (output, weights or None), with torch's shapes and meaning of masks: a boolean one is True where
-    a position is *hidden*, a floating one is added to the scores (and has a gradient if it requires one). Different:
+    is_causal=False)`` -> (output, weights or None), with torch's shapes and meaning of masks: a boolean one is True
+    where a position is *hidden*, a floating one is added to the scores (and has a gradient if it requires one). What
+    differs:
 
     - a query whose keys are all hidden gets the output projection's bias and weights 0, where torch gives NaN;
     - is_causal needs no attn_mask where there are as many queries as keys; with one it says, as in torch, that the mask
@@ -35,8 +36,8 @@ class MultiheadAttention(nn.MultiheadAttention):
     - masks of both kinds may have different types, and no matrix [batch, heads, queries, keys] is made of them;
     - nested tensors go to torch's own layer, which takes them in inference only.
 
-    Pass ``need_weights=False`` where weights are not used: with them, memory and time grow with queries * keys again, head by
-    head where they are averaged. In training with dropout they are those after dropout, as in torch.
+    Pass ``need_weights=False`` where weights are not used: with them, memory and time grow with queries * keys again,
+    head by head where they are averaged. In training with dropout they are those after dropout, as in torch.
 
     state_dict is that of torch's layer.
 
@@ -116,8 +117,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         return F.linear(out, self.out_proj.weight, self.out_proj.bias), weights
 
     def packed(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Self-attention of sequences that lie one after the other: x [total, embed_dim], cu_seqlens int [sequences + 1]
-        -> [total, embed_dim]. Not with add_bias_kv and add_zero_attn.
+        """Self-attention of sequences that lie one after the other: x [total, embed_dim], cu_seqlens int
+        [sequences + 1] -> [total, embed_dim]. Not with add_bias_kv and add_zero_attn.
 
         >>> import torch, fastdl
         >>> layer = fastdl.nn.MultiheadAttention(16, 4, batch_first=True)
@@ -145,7 +146,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         batched = query.dim() == 3
         if key.shape[:-1] != value.shape[:-1]:
             raise ValueError(
-                f"value: expected the length and batch of key, {tuple(key.shape)}, got {tuple(value.shape)}"
+                f"value: expected the length and batch of key, {tuple(key.shape[:-1])}, got {tuple(value.shape[:-1])}"
             )
         batch = 0 if self.batch_first else 1
         if batched and query.shape[batch] != key.shape[batch]:
@@ -188,15 +189,15 @@ class MultiheadAttention(nn.MultiheadAttention):
         self, attn_mask: Tensor | None, padding: Tensor | None, is_causal: bool, need_weights: bool,
         shape: tuple[int, int, int, int], extra: int,
     ) -> dict:  # fmt: skip
-        """causal, bias, mask and valid_lens for `ops.attention`. shape: of the scores, with ``extra`` keys at the end that
-        every query sees. Of two masks one becomes the mask and one the bias, so that they are never spread out together."""
+        """causal, bias, mask and valid_lens for `ops.attention`. shape: of the scores, with ``extra`` keys at the end
+        that every query sees. Of two masks one becomes the bias, so that they are never spread out together."""
         batch, heads, n_q, n_k = shape
         options = {"causal": False, "bias": None, "mask": None, "valid_lens": None}
         if is_causal and attn_mask is None:
             if n_q != n_k or extra:
                 raise ValueError(
-                    f"is_causal: expected an attn_mask beside it for {n_q} queries and {n_k} keys, which says how they are "
-                    "aligned (torch.nn.Transformer.generate_square_subsequent_mask makes one)"
+                    f"is_causal: expected an attn_mask beside it for {n_q} queries and {n_k} keys, which says how "
+                    "they are aligned (torch.nn.Transformer.generate_square_subsequent_mask makes one)"
                 )
             options["causal"] = True
         elif is_causal and n_q == n_k and not extra and not need_weights:
@@ -256,8 +257,8 @@ def _with_extra(name: str, mask: Tensor, extra: int) -> Tensor:
 
 
 def _weights(q: Tensor, k: Tensor, lse: Tensor | None, rest: dict, average: bool) -> Tensor:
-    """softmax of the scores, 0 where a query sees no key: [batch, heads, queries, keys], or its mean over the heads, in the
-    dtype of q; a head at a time. lse [batch, heads, queries] as the op gave it, or None. rest: of `_masks`."""
+    """softmax of the scores, 0 where a query sees no key: [batch, heads, queries, keys], or its mean over the heads, in
+    the dtype of q; a head at a time. lse [batch, heads, queries] as the op gave it, or None. rest: of `_masks`."""
     wide, causal, found = torch.promote_types(q.dtype, torch.float32), None, []
     if rest["causal"]:
         causal = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()

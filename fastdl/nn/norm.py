@@ -72,9 +72,9 @@ class LayerNorm(_Fused, nn.LayerNorm):
     dropout   probability, in training, of zeroing an element of input before the residual is added
     backend   None or "auto", "cpu", "cuda", "torch"
 
-    ``forward(input, residual=None, return_sum=False, *, dropout_p=None)``: input, residual [..., *normalized_shape] -> y,
-    or (y, s) with s = residual + dropout(input), which a pre-norm block adds its next branch to; dropout_p is used in
-    place of the layer's dropout, in evaluation too. state_dict is that of torch's layer.
+    ``forward(input, residual=None, return_sum=False, *, dropout_p=None)``: input, residual [..., *normalized_shape]
+    -> y, or (y, s) with s = residual + dropout(input), which a pre-norm block adds its next branch to; dropout_p is
+    used in place of the layer's dropout, in evaluation too. state_dict is that of torch's layer.
 
     >>> import torch, fastdl
     >>> norm = fastdl.nn.LayerNorm(8)
