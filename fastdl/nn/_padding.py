@@ -8,10 +8,12 @@ from torch import Tensor
 from ..ops._masks import values_are_known
 
 
-def lengths_of(kept: Tensor) -> Tensor | None:
-    """kept  bool [batch, keys] -> int32 [batch]: how many keys, from the first, are kept; None where others are, or
-    where values may not be looked at. Keys behind a length are never read, those that a mask hides are."""
-    if not values_are_known(kept):
+def lengths_of(kept: Tensor, look: bool | None = None) -> Tensor | None:
+    """kept  bool [batch, keys] -> int32 [batch]: how many keys, from the first, are kept; None where others are.
+
+    look  whether values may be looked at, which waits for a GPU; None: as ops do. Where not, the answer is None.
+    """
+    if not (values_are_known(kept) if look is None else look):
         return None
     lens = kept.sum(-1, dtype=torch.int32)
     ahead = torch.arange(kept.shape[-1], dtype=torch.int32, device=kept.device) < lens[:, None]
