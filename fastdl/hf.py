@@ -27,11 +27,14 @@ from .ops.attention import attention
 
 __all__ = ["KeyMask", "attend", "key_mask", "register"]
 
+if "q_offset" not in inspect.signature(getattr(masking_utils, "sdpa_mask", lambda: None)).parameters:
+    raise ImportError(
+        f"fastdl.hf: transformers {transformers.__version__} makes masks in another way; expected one as 5.23 has it"
+    )
+
 NAME = "fastdl"
 # Arguments that would change the result and that no kernel here has, and what to do.
 _REFUSED = {
-    "s_aux": "attention sinks have no kernel; use attn_implementation='eager'",
-    "sinks": "attention sinks have no kernel; use attn_implementation='eager'",
     "head_mask": "the weights are never formed; use attn_implementation='eager'",
     "cache": "continuous batching with a paged cache is not supported; use attn_implementation='sdpa'",
     "block_table": "a paged cache is not supported; use attn_implementation='sdpa'",
@@ -184,6 +187,7 @@ def attend(
     is_causal: bool | None = None,
     softcap: float | None = None,
     position_bias: Tensor | None = None,
+    s_aux: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
     **options,
@@ -193,6 +197,7 @@ def attend(
     query           [batch, heads, queries, head_dim]; key, value [batch, kv_heads, keys, head_dim or another]
     attention_mask  of `key_mask`, or a user's of four dimensions: boolean (True: attend) or floating (added)
     position_bias   floating, broadcastable to the scores: added to them
+    s_aux           [heads]: attention sinks (gpt-oss), the score of one more key whose value is 0
     cu_seq_lens_*   int [sequences + 1]: sequences packed into one row
 
     Returns (output [batch, queries, heads, head_dim], None). Raises ValueError for what no kernel has.
@@ -226,7 +231,12 @@ def attend(
         given["bias"] = position_bias if given.get("bias") is None else given["bias"] + position_bias
     if query.shape[0] == 1 != key.shape[0]:  # learned queries
         query = query.expand(key.shape[0], -1, -1, -1)
-    out = attention(query, key, value, scale=scaling, softcap=softcap, dropout_p=dropout, **given)
+    given |= {"scale": scaling, "softcap": softcap, "dropout_p": dropout}
+    if s_aux is None:
+        out = attention(query, key, value, **given)
+    else:  # exp(lse) / (exp(lse) + exp(sink)) is what the keys keep of each row
+        out, lse = attention(query, key, value, return_lse=True, **given)
+        out = out * torch.sigmoid(lse - s_aux.view(-1, 1).to(lse.dtype)).unsqueeze(-1).to(out.dtype)
     return out.transpose(1, 2).contiguous(), None
 
 
