@@ -106,7 +106,7 @@ def key_mask(
 ) -> KeyMask | Tensor | None:
     """The mask function that transformers calls; the arguments are those of its `sdpa_mask`.
 
-    attention_mask  bool [batch, seen keys], True where a token is no padding, or None; or what this function made before
+    attention_mask  bool [batch, seen keys], True where a token is no padding, or None; or what this function made
     local_size      of a sliding window or a chunk
     allow_is_*_skip whether the mask is a plain causal or bidirectional one (with its window) but for padding
     """
@@ -141,7 +141,7 @@ def _slides(config, size: int) -> bool:
 
 
 def _padding(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> tuple[Tensor | None, Tensor | None]:
-    """lens, keys of a `KeyMask`: one of them, or none where there is no padding. Waits for a GPU once, as SDPA's does."""
+    """lens, keys of a `KeyMask`: one, or none where there is no padding. Waits for a GPU, as the mask of SDPA does."""
     if attention_mask is None:
         return None, None
     kept = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)

@@ -14,8 +14,7 @@ from test_swap_models import FusedCalls, sentences, train
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
-
-import fastdl.hf  # noqa: F401
+pytest.importorskip("fastdl.hf")
 
 
 @pytest.fixture(scope="module")
@@ -33,24 +32,24 @@ def language_model():
 @torch.inference_mode()
 def greedy(model, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     mask = torch.ones_like(ids) if mask is None else mask
-    options = {"do_sample": False, "max_new_tokens": 40, "min_new_tokens": 40}
+    options = {"do_sample": False, "max_new_tokens": 32, "min_new_tokens": 32}
     return model.generate(ids, attention_mask=mask, **options)[:, ids.shape[1] :]
 
 
 def test_greedy_text(native, language_model):
-    """40 tokens as SDPA gives them, after a question and after a page of text; in a batch padded on the left too."""
+    """32 tokens as SDPA gives them, after a question and after a page of text; in a batch padded on the left too."""
     model, tokenizer, text = language_model
     question = tokenizer("The capital of France is", return_tensors="pt").input_ids
-    prompts = (question, text[:, :60])
+    prompts = (question, text[:, :30])
     texts = []
     for name in ("sdpa", "fastdl"):
         model.set_attn_implementation(name)
         with FusedCalls() as fused:
             texts.append([greedy(model, ids) for ids in prompts])
-        assert fused.calls["attention_forward"] == (0 if name == "sdpa" else 30 * 40 * 2)
+        assert fused.calls["attention_forward"] == (0 if name == "sdpa" else 30 * 32 * 2)
     assert all(torch.equal(a, b) for a, b in zip(*texts, strict=True))
     assert tokenizer.decode(texts[0][0][0]).startswith(" Paris.\n\nThe answer is: 2018-01-22 12:12:53.")
-    gap = text.shape[1] // 2 - 4 - question.shape[1]
+    gap = 20
     batch = torch.cat([torch.nn.functional.pad(question, (gap, 0)), text[:, : gap + question.shape[1]]])
     mask = torch.ones_like(batch)
     mask[0, :gap] = 0
