@@ -53,10 +53,29 @@ class _Layer:
     # A class attribute, so that a torch layer that was turned into one of these has it too.
     backend: str | None = None
 
-    def _fuse(self, backend: str | None) -> None:
-        """Turns the parts that torch's constructor made into fastdl's: same parameters, same random numbers."""
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str | Callable[[Tensor], Tensor] = F.relu,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        check_backend(backend)
+        super().__init__(
+            d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device,
+            dtype,
+        )  # fmt: skip
         self.backend = backend
-        for part in self.children():
+        for part in self.children():  # same parameters, same random numbers
             for theirs, ours in ((nn.MultiheadAttention, MultiheadAttention), (nn.LayerNorm, LayerNorm)):
                 if type(part) is theirs:
                     part.__class__, part.backend = ours, backend
@@ -117,29 +136,6 @@ class TransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
     Architecture" (2020).
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        nhead: int,
-        dim_feedforward: int = 2048,
-        dropout: float = 0.1,
-        activation: str | Callable[[Tensor], Tensor] = F.relu,
-        layer_norm_eps: float = 1e-5,
-        batch_first: bool = False,
-        norm_first: bool = False,
-        bias: bool = True,
-        device=None,
-        dtype=None,
-        *,
-        backend: str | None = None,
-    ) -> None:
-        check_backend(backend)
-        super().__init__(
-            d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device,
-            dtype,
-        )  # fmt: skip
-        self._fuse(backend)
-
     def forward(
         self,
         src: Tensor,
@@ -195,29 +191,6 @@ class TransformerDecoderLayer(_Layer, nn.TransformerDecoderLayer):
 
     Source: Vaswani et al., "Attention Is All You Need" (2017).
     """
-
-    def __init__(
-        self,
-        d_model: int,
-        nhead: int,
-        dim_feedforward: int = 2048,
-        dropout: float = 0.1,
-        activation: str | Callable[[Tensor], Tensor] = F.relu,
-        layer_norm_eps: float = 1e-5,
-        batch_first: bool = False,
-        norm_first: bool = False,
-        bias: bool = True,
-        device=None,
-        dtype=None,
-        *,
-        backend: str | None = None,
-    ) -> None:
-        check_backend(backend)
-        super().__init__(
-            d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device,
-            dtype,
-        )  # fmt: skip
-        self._fuse(backend)
 
     def forward(
         self,
