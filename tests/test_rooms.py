@@ -73,6 +73,7 @@ def test_no_file_without_a_room():
 
 
 DOCUMENTED = ["fastdl.testing", "fastdl.ops._rope_table", "fastdl.quant.tensor", "fastdl.quant.model"]
+DOCUMENTED += ["fastdl.nn._transformer"]
 DOCUMENTED += [f"fastdl.nn.{room}" for room in ROOMS if ROOMS[room].modules]
 
 

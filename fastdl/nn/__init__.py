@@ -1,6 +1,8 @@
 """Drop-in modules, one file a room."""
 
+from ._transformer import TransformerDecoderLayer, TransformerEncoderLayer
 from .activation import Activation, GatedMLP
+from .attention import MultiheadAttention
 from .batch_norm import BatchNorm1d, BatchNorm2d
 from .group_norm import GroupNorm
 from .gru import GRU, GRUCell
@@ -29,10 +31,13 @@ __all__ = [
     "LayerNorm",
     "LearnedPositionalEncoding",
     "Mamba",
+    "MultiheadAttention",
     "PositionalEncoding",
     "QuantEmbedding",
     "QuantLinear",
     "RMSNorm",
     "RNNCell",
     "RotaryEmbedding",
+    "TransformerDecoderLayer",
+    "TransformerEncoderLayer",
 ]

@@ -55,7 +55,11 @@ ROOMS: dict[str, Room] = {
         ("cpu", "cuda", "triton"),
         ("PositionalEncoding", "LearnedPositionalEncoding"),
     ),
-    "attention": Room(("attention",), ("cpu", "cuda", "triton")),
+    "attention": Room(
+        ("attention",),
+        ("cpu", "cuda", "triton"),
+        ("MultiheadAttention", "TransformerEncoderLayer", "TransformerDecoderLayer"),
+    ),
     "attention_decode": Room(("attention_decode",), ("cpu",)),
     "activation": Room(("activation", "swiglu", "geglu"), ("cpu", "cuda", "triton"), ("Activation", "GatedMLP")),
 }
