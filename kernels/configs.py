@@ -169,6 +169,10 @@ _TABLE: dict[str, dict[int, Config]] = {
     "selective_scan_backward": {32: Config(16, 1)},
     "linear_scan_carry": {256: Config(1, 1)},
     **_ATTENTION,
+    "additive_attention_forward": {32: Config(16, 4)},  # block: keys of a tile, rows: hidden units
+    "additive_attention_backward": {32: Config(16, 4)},
+    "additive_attention_merge": {128: Config(1, 1)},
+    "additive_attention_finish": {256: Config(1, 1)},
 }
 
 # Where a class of architectures departs from the table. Interpreted: tiles so small that tests have several of them.

@@ -66,7 +66,10 @@ SAME_KERNELS = {
     **dict.fromkeys(
         ("norm", "group_norm", "batch_norm", "activation", "rope", "position"), ("avx2", "amx-twin", "amx")
     ),
-    **dict.fromkeys(("linear_scan", "selective_scan", "attention", "attention_decode"), ("avx2", "amx-twin", "amx")),
+    **dict.fromkeys(
+        ("linear_scan", "selective_scan", "attention", "attention_decode", "additive_attention"),
+        ("avx2", "amx-twin", "amx"),
+    ),
     **dict.fromkeys(("lstm", "gru", "rnn"), ("avx2",)),  # their products use tiles
 }
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .activation import activation, geglu, swiglu
+from .additive_attention import additive_attention
 from .attention import attention
 from .attention_decode import attention_decode
 from .batch_norm import batch_norm
@@ -61,6 +62,9 @@ ROOMS: dict[str, Room] = {
         ("MultiheadAttention", "TransformerEncoderLayer", "TransformerDecoderLayer"),
     ),
     "attention_decode": Room(("attention_decode",), ("cpu",)),
+    "additive_attention": Room(
+        ("additive_attention",), ("cpu", "cuda", "triton"), ("AdditiveAttention", "PointerAttention")
+    ),
     "activation": Room(("activation", "swiglu", "geglu"), ("cpu", "cuda", "triton"), ("Activation", "GatedMLP")),
 }
 
@@ -71,6 +75,7 @@ __all__ = [
     "Room",
     "activation",
     "add_positions",
+    "additive_attention",
     "alibi_slopes",
     "attention",
     "attention_decode",
