@@ -47,7 +47,7 @@ def test_learned_encoding():
 
 @pytest.mark.parametrize("pairs", ["interleaved", "half"])
 def test_rotary_embedding(pairs):
-    rotary = fastdl.nn.RotaryEmbedding(12, 500.0, pairs=pairs, max_len=4)
+    rotary = fastdl.nn.RotaryEmbedding(16, 500.0, rope_dim=12, pairs=pairs, max_len=4)
     q, k = torch.randn(2, 4, 5, 16), torch.randn(2, 1, 5, 16)
     table = ops.rope_table(12, 500.0, 64)
     for at in (0, 20, torch.tensor([3, 0, 1, 63, 2]), torch.randint(64, (2, 5))):
@@ -92,6 +92,8 @@ def test_bad_arguments():
         (lambda: fastdl.nn.PositionalEncoding(8, dropout=2.0), "dropout: expected 0 <= dropout <= 1, got 2.0"),
         (lambda: fastdl.nn.LearnedPositionalEncoding(8, max_len=-1), "max_len: expected a number >= 0"),
         (lambda: fastdl.nn.RotaryEmbedding(7), "head_dim: expected an even number"),
+        (lambda: fastdl.nn.RotaryEmbedding(8, rope_dim=10), "rope_dim: expected at most head_dim, 8, got 10"),
+        (lambda: fastdl.nn.RotaryEmbedding(8)(torch.ones(2, 6)), r"q: expected \[..., n, 8\], got \(2, 6\)"),
         (lambda: fastdl.nn.RotaryEmbedding(8, pairs="both"), "pairs: expected one of"),
         (lambda: fastdl.nn.RotaryEmbedding(8, scaling="longrope"), "scaling: expected one of"),
     ):

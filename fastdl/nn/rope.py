@@ -15,8 +15,9 @@ __all__ = ["RotaryEmbedding"]
 class RotaryEmbedding(nn.Module):
     """Rotary position embedding of queries and keys; its table grows with the positions that are asked for.
 
-    rope_dim   how many elements of each head are turned (even): all of head_dim, or the first of them
+    head_dim   size of q's and k's last dimension
     base       > 1
+    rope_dim   how many elements of each head are turned (even), the first ones; None: all
     pairs      "interleaved" (2i, 2i+1: GGUF's llama) or "half" (i, i + rope_dim/2: GPT-NeoX, Hugging Face)
     max_len    rows that the table has at first; with positions as a tensor on a GPU, whose values are not looked at,
                and inside torch.compile it must be enough (`reserve`)
@@ -39,9 +40,10 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(
         self,
-        rope_dim: int,
+        head_dim: int,
         base: float = 10000.0,
         *,
+        rope_dim: int | None = None,
         pairs: str = "interleaved",
         max_len: int = 2048,
         backend: str | None = None,
@@ -50,7 +52,11 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         if pairs not in PAIRS:
             raise ValueError(f"pairs: expected one of {', '.join(PAIRS)}, got {pairs!r}")
+        rope_dim = head_dim if rope_dim is None else rope_dim
+        if rope_dim > head_dim:
+            raise ValueError(f"rope_dim: expected at most head_dim, {head_dim}, got {rope_dim}")
         rope_table(rope_dim, base, 0, **scaling)  # raises what is wrong with them
+        self.head_dim = head_dim
         self.rope_dim, self.base, self.pairs, self.backend, self.scaling = rope_dim, base, pairs, backend, scaling
         self._length = scaling.get("original_context", 0) if self._by_length else 0  # that the table is made for
         self._table = GrowingTable(self._make, max_len)
@@ -69,6 +75,8 @@ class RotaryEmbedding(nn.Module):
         return self
 
     def forward(self, q: Tensor, k: Tensor | None = None, positions: Tensor | int = 0):
+        if q.shape[-1] != self.head_dim:
+            raise ValueError(f"q: expected [..., n, {self.head_dim}], got {tuple(q.shape)}")
         rows = rows_needed(positions, q.shape[-2], self._table.rows)
         if self._by_length:
             if isinstance(positions, Tensor) and not values_are_known(positions):
@@ -82,4 +90,4 @@ class RotaryEmbedding(nn.Module):
 
     def extra_repr(self) -> str:
         more = "".join(f", {name}={value!r}" for name, value in self.scaling.items())
-        return f"{self.rope_dim}, base={self.base:g}, pairs={self.pairs!r}{more}"
+        return f"{self.head_dim}, rope_dim={self.rope_dim}, base={self.base:g}, pairs={self.pairs!r}{more}"
