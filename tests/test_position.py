@@ -184,7 +184,7 @@ def test_positions_out_of_the_table_are_clamped(lane, monkeypatch):
 
 def test_many_tokens_at_one_position(lane):
     """Long sums, in float32 and in an order of their own: more exact than one number added to the next."""
-    tokens = 300 if lane.name == "emulated cuda" else 3000
+    tokens = 300 if lane.name in ("emulated cuda", "triton interpreted") else 3000
     x, table = make((1, tokens, 8), torch.float32, lane.device)
     positions = torch.randint(2, (tokens,), device=lane.device) * 5
     options = {"positions": positions}
@@ -282,7 +282,7 @@ def test_threads_do_not_change_results(level):
 # ---- The maths, and torch's machinery -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(4, 5), (2, 4, 5), (2, 3, 4, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(4, 3), (2, 3, 3), (2, 2, 3, 2)], ids=str)
 def test_gradcheck(shape):
     x, table = make(shape, torch.float64)
     for at in places(shape):

@@ -164,6 +164,8 @@ def test_contract(lane, pairs):
     """Every kind of positions, every dtype and layout of the lane: result and gradient, and q with k."""
     for dtype in lane.dtypes:
         for shape, rope_dim, strided in CASES:
+            if lane.name == "triton interpreted" and shape[2] > 20:
+                continue  # half a minute for what the others show
             x = make(shape, dtype, lane.device, strided)
             k = make((shape[0], 2, *shape[2:]), dtype, lane.device, not strided)
             batch, n = shape[0], shape[2]
