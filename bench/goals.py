@@ -14,6 +14,9 @@
 | LSTM with layer norm or zoneout: time over plain fastdl LSTM | at most 1.25 | at most 1.1 |
 | LSTM: memory of a training step over torch's | at most 1.1 | |
 | linear_scan, fp32, T 4096, 512 channels, forward and with gradients: over a Python loop; over torch's best | 3 | 8 |
+| attention, fp32, over torch's SDPA: (1, 8, 2048, 64), (4, 12, 512, 64), full and causal; bf16 | 1.2; 1.2 | 1.6; 2 |
+| attention with bias, mask or valid_lens, over SDPA with a mask | 1.5 | 3 |
+| attention of one query over 4096 keys, 9 query and 3 key heads, over SDPA | 2 | 4 |
 | on a GPU: LSTM forward, and with its backward, in bf16, over cuDNN | 1.2 | 2 |
 | on a GPU: norm forward; backward, add + norm: share of the copy bandwidth | 0.85; 0.70 | 0.92; 0.85 |
 | mean KL with bf16 and with fp32 activations | at most 2e-4, 1e-6 | |
@@ -108,6 +111,42 @@ SCANS: dict[tuple[str, str, tuple[int, int, int], str, tuple[str, ...]], Goal | 
         for kind in SCAN_KINDS
     },
     **{("selective_scan", kind, (1, 512, 1536), "fp32", ("loop",)): None for kind in SCAN_KINDS},
+}
+
+# Attention: (kind, option, [batch, heads, length, head_dim], dtype), and caches: ([batch, heads, key heads, positions,
+# head_dim], dtype of the query, of the cache) -> what is promised over SDPA. All are cases of their benchmarks.
+ATTENTION_SHAPES = ((1, 8, 2048, 64), (4, 12, 512, 64))
+ATTENTION: dict[tuple[str, str, tuple[int, int, int, int], str], Goal | None] = {
+    **{
+        ("forward", option, shape, dtype): Goal(1.2, 1.6 if dtype == "fp32" else 2.0)
+        for dtype in ("fp32", "bf16")
+        for option in ("full", "causal")
+        for shape in ATTENTION_SHAPES
+    },
+    **{
+        ("forward", option, shape, dtype): Goal(1.5, 3.0)
+        for dtype in ("fp32", "bf16")
+        for option in ("bias", "mask", "valid_lens")
+        for shape in ATTENTION_SHAPES
+    },
+    **{
+        ("gradients", option, shape, dtype): None
+        for dtype in ("fp32", "bf16")
+        for option in ("full", "causal")
+        for shape in ATTENTION_SHAPES
+    },
+}
+DECODE: dict[tuple[tuple[int, int, int, int, int], str, str], Goal | None] = {
+    ((1, 9, 3, 4096, 64), "fp32", "fp32"): Goal(2.0, 4.0),
+    ((1, 9, 3, 4096, 64), "bf16", "bf16"): Goal(2.0, 4.0),
+    ((1, 9, 3, 4096, 64), "fp32", "q8_0"): None,
+    ((1, 9, 3, 4096, 64), "bf16", "q8_0"): None,
+}
+ATTENTION_GPU = {
+    "bf16 causal, head_dim 64 and 128, length 2k to 16k, forward and backward, over the best SDPA back end": Goal(
+        0.7, 1.0
+    ),
+    "decode, batch 1 to 32, 8k keys, grouped heads, over the best SDPA back end": Goal(1.5, 2.0),
 }
 
 

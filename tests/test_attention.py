@@ -1,106 +1,413 @@
-"""Room attention: against scaled_dot_product_attention, its backward formula against autograd, and bad input."""
+"""Room attention in every lane, against scaled_dot_product_attention by the rule of fastdl.testing."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from attention import OPTIONS, PAIRS, SMALL, given, make, ours, torchs, whole
+from lanes import op_of
 
-from fastdl import BackendError, ops
+from fastdl import BackendError, explain, ops
+from fastdl.ops.attention import BACKWARD, FORWARD
 from fastdl.reference import attention as reference
+from fastdl.testing import check, poisoned
 
-CASES = [  # batch, heads, kv heads, n_q, n_k, head_dim
-    ((), 4, 2, 5, 5, 8),
-    ((2,), 3, 1, 1, 9, 16),
-    ((), 2, 2, 3, 7, 5),
-    ((1, 2), 6, 3, 4, 4, 2),
+F = torch.nn.functional
+SHAPES = [  # batch, heads, kv_heads, n_q, n_k, head_dim, d_v
+    (2, 3, 3, 1, 1, 16, 16),
+    (2, 4, 2, 5, 7, 16, 16),
+    (4, 3, 1, 1, 129, 64, 64),
+    (1, 2, 2, 33, 70, 64, 64),
+    (2, 3, 1, 17, 130, 32, 24),
+    (1, 2, 1, 66, 64, 128, 128),
+    (1, 1, 1, 3, 300, 80, 80),
+    (1, 2, 2, 40, 19, 5, 37),
+    (1, 1, 1, 18, 21, 256, 256),
 ]
+EMPTY = [(0, 2, 1, 3, 4, 16, 16), (2, 2, 1, 0, 5, 16, 16), (2, 2, 1, 5, 0, 16, 16), (1, 0, 1, 3, 3, 16, 16)]
+LONG = [(1, 2, 1, 150, 700, 64, 64), (2, 1, 1, 500, 260, 32, 32)]
 
 
-def inputs(batch, heads, kv_heads, n_q, n_k, head_dim, dtype=torch.float32):
-    q = torch.randn(*batch, heads, n_q, head_dim, dtype=dtype)
-    k, v = torch.randn(2, *batch, kv_heads, n_k, head_dim, dtype=dtype)
-    return q, k, v
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_contract(lane, shape, causal):
+    """O, lse and all gradients, in every dtype of the lane."""
+    for dtype in lane.dtypes:
+        tensors, options = given(shape, ("lse", "causal") if causal else ("lse",), dtype, lane.device)
+        check(ours(lane.backend, options), tensors, peer=torchs(shape, options))
 
 
-def oracle(q, k, v, causal, scale=None):
-    mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril(k.shape[-2] - q.shape[-2]) if causal else None
-    groups = q.shape[-3] // k.shape[-3]
-    k, v = (t.repeat_interleave(groups, dim=-3) for t in (k, v))
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+@pytest.mark.parametrize("shape", EMPTY, ids=str)
+def test_empty(lane, shape):
+    """No batch, no queries, no keys, no heads: a query without keys gives 0."""
+    tensors, options = given(shape, ("lse",), torch.float32, lane.device)
+    check(ours(lane.backend, options), tensors, peer=torchs(shape, options))
 
 
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_is_torchs_attention(case, causal):
-    q, k, v = inputs(*case)
-    y = ops.attention(q, k, v, causal=causal)
-    torch.testing.assert_close(y, oracle(q, k, v, causal), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(
-        ops.attention(q, k, v, causal=causal, scale=0.3), oracle(q, k, v, causal, 0.3), rtol=1e-5, atol=1e-5
+@pytest.mark.parametrize("shape", LONG, ids=str)
+def test_many_blocks(lane, shape):
+    if lane.name in ("emulated cuda", "triton interpreted"):
+        pytest.skip("minutes without a GPU; test_contract crosses blocks too")
+    for dtype in lane.dtypes:
+        for names in (("causal",), ("window", "bias of heads"), ("lens", "mask")):
+            tensors, options = given(shape, names, dtype, lane.device)
+            if "window" in names:
+                options["window"] = (100, 60)
+            check(ours(lane.backend, options), tensors, peer=torchs(shape, options))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options(lane, name):
+    """Each option alone, every dtype, all gradients."""
+    for shape in (SMALL, (1, 4, 4, 35, 66, 24, 40)):
+        for dtype in lane.dtypes:
+            tensors, options = given(shape, (name,), dtype, lane.device)
+            check(ours(lane.backend, options), tensors, peer=torchs(shape, options))
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=" + ".join)
+def test_pairs(lane, pair):
+    """Every two options together; by norm, because a hundred small cases would meet chance."""
+    tensors, options = given(SMALL, pair, torch.float32, lane.device)
+    check(ours(lane.backend, options), tensors, peer=torchs(SMALL, options), norm=True)
+
+
+def test_float32_bias_of_narrow_tensors(lane):
+    for dtype in lane.dtypes[1:]:
+        q, k, v = make(SMALL, dtype, lane.device)
+        bias = torch.randn(1, 4, 9, 13, device=lane.device, requires_grad=True)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(reference, "CHUNK", 200)
+            found = []
+            for backend in (lane.backend, "torch"):
+                y = ops.attention(q, k, v, bias=bias, backend=backend)
+                found.append((y, *torch.autograd.grad(y, (q, k, v, bias), torch.ones_like(y))))
+        assert found[0][4].dtype == torch.float32
+        for a, b in zip(*found, strict=True):
+            scale = float(b.abs().max())
+            torch.testing.assert_close(a.float(), b.float(), rtol=0, atol=4 * torch.finfo(dtype).eps * max(scale, 1))
+
+
+# ---- Packed sequences -----------------------------------------------------------------------------------------------
+
+LENGTHS = ([5, 0, 1, 17, 9], [7, 3, 0, 17, 20])
+
+
+@pytest.mark.parametrize("names", [(), ("causal",), ("window",), ("softcap", "lse"), ("alibi", "causal")], ids="-".join)
+def test_packed_sequences(lane, names):
+    """Each sequence alone gives the same: outputs and gradients."""
+    dtype = lane.dtypes[0]
+    q, k, v = make((1, 4, 2, sum(LENGTHS[0]), sum(LENGTHS[1]), 32, 16), dtype, lane.device)
+    ends = [torch.tensor([0, *lengths], device=lane.device).cumsum(0) for lengths in LENGTHS]
+    _, options = given(SMALL, names, dtype, lane.device)
+
+    def packed(q, k, v):
+        ends_of = {"cu_seqlens_q": ends[0], "cu_seqlens_k": ends[1].int()}
+        return ops.attention(q, k, v, **ends_of, backend=lane.backend, **options)
+
+    def alone(q, k, v):
+        outs = []
+        for i in range(len(LENGTHS[0])):
+            a, b = (slice(int(end[i]), int(end[i + 1])) for end in ends)
+            shape = (1, 4, 2, a.stop - a.start, b.stop - b.start, 32, 16)
+            outs.append(whole(shape, options)(q[:, :, a], k[:, :, b], v[:, :, b]))
+        return tuple(torch.cat(t, 2) for t in zip(*outs, strict=True)) if "lse" in names else torch.cat(outs, 2)
+
+    check(packed, (q, k, v), peer=alone)
+    if not names:
+        flat = ops.attention(q[0], k[0], v[0], cu_seqlens_q=ends[0], cu_seqlens_k=ends[1], backend=lane.backend)
+        assert torch.equal(flat, packed(q, k, v)[0])
+
+
+def test_packed_dropout_is_the_references(lane):
+    q, k, v = make((1, 2, 1, 26, 26, 16, 16), torch.float32, lane.device)
+    ends = torch.tensor([0, 9, 9, 26], device=lane.device)
+    found = []
+    for backend in (lane.backend, "torch"):
+        torch.manual_seed(3)
+        y = ops.attention(q, k, v, cu_seqlens_q=ends, dropout_p=0.5, backend=backend)
+        found.append((y, *torch.autograd.grad(y, (q, k, v), torch.ones_like(y))))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+# ---- What is promised beside the numbers ----------------------------------------------------------------------------
+
+
+def test_a_row_does_not_depend_on_the_batch(lane):
+    """Bit for bit: alone, in a batch, packed, padded."""
+    for dtype in lane.dtypes:
+        q, k, v = make((3, 4, 2, 20, 45, 32, 32), dtype, lane.device, grad=False)
+        batch = ops.attention(q, k, v, causal=True, backend=lane.backend)
+        for i in range(3):
+            alone = ops.attention(q[i], k[i], v[i], causal=True, backend=lane.backend)
+            assert torch.equal(alone, batch[i])
+            assert torch.equal(
+                ops.attention(q[i, 2:], k[i, 1:], v[i, 1:], causal=True, backend=lane.backend), batch[i, 2:]
+            )
+        ends = [torch.arange(4, device=lane.device) * n for n in (20, 45)]
+        flat = (t.transpose(0, 1).flatten(1, 2) for t in (q, k, v))
+        packed = ops.attention(*flat, causal=True, cu_seqlens_q=ends[0], cu_seqlens_k=ends[1], backend=lane.backend)
+        assert torch.equal(packed.view(4, 3, 20, 32).transpose(0, 1), batch)
+
+
+def test_strides(lane):
+    """Any strides but the last; the result lies in memory as q does."""
+    q, k, v = make(SMALL, torch.float32, lane.device, grad=False)
+    y = ops.attention(q, k, v, backend=lane.backend)
+    wide = torch.randn(2, 9, 3, 16, 4, device=lane.device).permute(0, 4, 1, 2, 3)[:, :, :, 1]
+    wide.copy_(q)
+    spread = torch.randn(2, 13, 2, 2, 32, device=lane.device).permute(3, 0, 2, 1, 4)[..., :16]
+    spread[0].copy_(k)
+    spread[1].copy_(v)
+    again = ops.attention(wide, spread[0], spread[1], backend=lane.backend)
+    assert torch.equal(again, y)
+    across = q.transpose(-1, -2).contiguous().transpose(-1, -2)  # the last dimension is not contiguous
+    assert torch.equal(ops.attention(across, k, v, backend=lane.backend), y)
+    inside = q.transpose(1, 2).contiguous().transpose(1, 2)
+    z = ops.attention(inside, k, v, backend=lane.backend)
+    assert torch.equal(z, y) and z.transpose(1, 2).is_contiguous()
+    five = ops.attention(q.view(1, 2, 4, 9, 16), k[None], v[None], backend=lane.backend)
+    assert torch.equal(five[0], y)
+
+
+@pytest.mark.parametrize("names", [(), ("causal",), ("bias",), ("mask", "softcap")], ids="-".join)
+def test_infinity_and_nan(lane, names):
+    """-inf in a bias hides a key, +inf and NaN in the scores of a row make that row NaN and no other."""
+    q, k, v = make(SMALL, torch.float32, lane.device, grad=False)
+    tensors, options = given(SMALL, names, torch.float32, lane.device)
+    bias = tensors[3].detach() if len(tensors) > 3 else torch.zeros(2, 4, 9, 13, device=lane.device)
+    bias[0, 0, 3] = -torch.inf
+    bias[:, :, 4, :5] = -torch.inf
+    y, lse = ops.attention(q, k, v, bias=bias, backend=lane.backend, **options, return_lse=True)
+    wanted, sums = ops.attention(
+        *(
+            t.double()
+            for t in (
+                q,
+                k,
+                v,
+            )
+        ),
+        bias=bias.double(),
+        **options,
+        return_lse=True,
     )
+    assert not y[0, 0, 3].any() and lse[0, 0, 3] == -torch.inf
+    torch.testing.assert_close(y.double(), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(lse.double(), sums, rtol=1e-4, atol=1e-5)
+    for value in (torch.inf, torch.nan):
+        worse = bias.clone()
+        worse[1, 2, 6, 0] = value
+        z = ops.attention(q, k, v, bias=worse, backend=lane.backend, **{**options, "mask": None})
+        assert z[1, 2, 6].isnan().all()
+        z[1, 2, 6] = 0
+        assert z.isfinite().all()
 
 
-def test_half_precision_cache_is_summed_in_float32():
-    q, k, v = inputs((), 4, 2, 3, 300, 64)
-    k, v = k.half(), v.half()
-    y = ops.attention(q, k, v)
-    assert y.dtype == torch.float32
-    torch.testing.assert_close(y.double(), oracle(q.double(), k.double(), v.double(), True), rtol=1e-5, atol=1e-6)
+def test_blind_rows_have_no_gradient(lane):
+    q, k, v = make((1, 2, 1, 5, 3, 16, 16), torch.float32, lane.device)
+    y, lse = ops.attention(q, k, v, causal=True, return_lse=True, backend=lane.backend)
+    assert not y[:, :, :2].any() and (lse[:, :, :2] == -torch.inf).all()
+    dq, dk, dv = torch.autograd.grad((y, lse), (q, k, v), (torch.ones_like(y), torch.ones_like(lse)))
+    assert not dq[:, :, :2].any() and all(t.isfinite().all() for t in (dq, dk, dv))
 
 
-def test_cache_gives_what_the_whole_gives():
-    q, k, v = inputs((), 4, 2, 9, 9, 8)
-    whole = ops.attention(q, k, v)
-    torch.testing.assert_close(ops.attention(q[:, 6:], k, v), whole[:, 6:])
+def test_only_lse_has_a_gradient(lane):
+    q, k, v = make(SMALL, torch.float32, lane.device)
+    _, lse = ops.attention(q, k, v, return_lse=True, backend=lane.backend)
+    dq, dv = torch.autograd.grad(lse.sum(), (q, v), allow_unused=True)
+    wanted = torch.autograd.grad(torch.logsumexp(0.25 * q @ k.repeat_interleave(2, 1).transpose(-1, -2), -1).sum(), q)
+    torch.testing.assert_close(dq, wanted[0], rtol=1e-4, atol=1e-5)
+    assert dv is None or not dv.any()
 
 
-def test_query_without_keys_is_zero_and_has_zero_gradient():
-    q, k, v = (t.requires_grad_() for t in inputs((), 2, 1, 5, 3, 4, torch.float64))
-    y = ops.attention(q, k, v)
-    assert not y[:, :2].any() and y[:, 2:].all()
-    y.sum().backward()
-    assert not q.grad[:, :2].any() and torch.isfinite(k.grad).all()
-    assert ops.attention(q[:, :0], k, v).shape == (2, 0, 4)
+def test_gradient_of_a_bias_of_queries(lane):
+    """A bias that all keys share moves lse alone: its gradient is that of lse."""
+    q, k, v = make(SMALL, torch.float32, lane.device)
+    bias = torch.randn(4, 9, 1, device=lane.device, requires_grad=True)
+    y, lse = ops.attention(q, k, v, bias=bias, return_lse=True, backend=lane.backend)
+    (got,) = torch.autograd.grad((y, lse), bias, (torch.ones_like(y), torch.ones_like(lse)))
+    torch.testing.assert_close(got, torch.full_like(bias, 2.0), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-@pytest.mark.parametrize("case", [CASES[0], CASES[1], ((), 2, 1, 4, 2, 3)], ids=str)
-def test_backward_formula_is_autograd(case, causal):
-    q, k, v = (t.requires_grad_() for t in inputs(*case, torch.float64))
-    y = ops.attention(q, k, v, causal=causal, scale=0.4)
-    grad = torch.randn_like(y)
-    expected = torch.autograd.grad(y, (q, k, v), grad)
-    for got, want in zip(reference.attention_backward(grad, q, k, v, causal, 0.4), expected, strict=True):
+def test_double_backward(lane):
+    """Through the lane's backward op: against the reference's, chunk by chunk."""
+    grads = []
+    for backend in (lane.backend, "torch"):
+        torch.manual_seed(0)
+        tensors, options = given(
+            (1, 2, 1, 6, 7, 16, 16), ("bias of heads", "causal", "softcap"), torch.float32, lane.device
+        )
+        y = ours(backend, options)(*tensors)
+        first = torch.autograd.grad(y.square().sum(), tensors, create_graph=True)
+        grads.append(torch.autograd.grad(sum(g.square().sum() for g in first), tensors))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-4)
+
+
+def test_threads_do_not_change_the_result(level):
+    q, k, v = make((2, 4, 2, 70, 150, 32, 32), torch.float32)
+    bias = torch.randn(1, 4, 1, 150, requires_grad=True)
+    found = []
+    for threads in (1, 2, 5):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            y = ops.attention(q, k, v, bias=bias, causal=True, backend="cpu")
+            found.append((y, *torch.autograd.grad(y, (q, k, v, bias), torch.ones_like(y))))
+        finally:
+            torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_opcheck(lane):
+    q, k, v = (t.detach() for t in make((1, 2, 1, 4, 5, 16, 16), torch.float32, lane.device))
+    rest = (None, None, None, None, None, None, None, 0.0, 0.25, 0.0, -1, 0)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    bias = torch.randn(1, 2, 1, 5, device=lane.device)
+    for arguments in ((q, k, v, *rest), (q.requires_grad_(), k, v, bias.requires_grad_(), *rest[1:])):
+        torch.library.opcheck(op_of(FORWARD, lane), arguments, test_utils=tests)
+    q, bias = q.detach(), bias.detach()
+    out, lse = FORWARD["torch"](q, k, v, bias, *rest[1:])
+    arguments = (out, lse, q, k, v, out, lse, bias, *rest[1:], True)
+    torch.library.opcheck(op_of(BACKWARD, lane), arguments, test_utils=tests)
+
+
+def test_outputs_lie_as_the_fake_ones(lane):
+    """torch.compile plans with the strides of the fake kernel."""
+    tensors, options = given(SMALL, ("lse", "heads inside"), torch.float32, lane.device)
+    with poisoned():
+        real = ours(lane.backend, options)(*tensors)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = ours(lane.backend, options)(*(mode.from_tensor(t) for t in tensors))
+    assert [t.stride() for t in real] == [t.stride() for t in fake]
+
+
+def test_compile(lane):
+    if lane.name == "triton interpreted":
+        pytest.skip("torch.compile cannot trace Triton's interpreter")
+    tensors, options = given(SMALL, ("bias of heads", "causal", "lse"), torch.float32, lane.device)
+    call = ours(lane.backend, options)
+
+    def plain(q, k, v, bias):
+        return ops.attention(q, k, v, bias=bias, backend=lane.backend, **options)
+
+    compiled = torch.compile(plain, fullgraph=True, backend="aot_eager")
+    for got, want in zip(compiled(*tensors), call(*tensors), strict=True):
         torch.testing.assert_close(got, want)
+    got, want = (torch.autograd.grad(f(*tensors)[0].square().sum(), tensors) for f in (compiled, call))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
 
 
-def test_gradcheck_and_compile():
-    q, k, v = (t.requires_grad_() for t in inputs((), 2, 1, 2, 3, 2, torch.float64))
-    assert torch.autograd.gradcheck(ops.attention, (q, k, v))
-    assert torch.autograd.gradgradcheck(ops.attention, (q, k, v))
-    compiled = torch.compile(ops.attention, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(q, k, v), ops.attention(q, k, v))
+@pytest.mark.parametrize(
+    "names", [(), ("causal", "bias of heads"), ("softcap", "lens", "lse"), ("alibi", "window")], ids="-".join
+)
+def test_gradcheck(names, monkeypatch):
+    """Forward, backward and double backward, whole and in chunks."""
+    shape = (1, 2, 1, 3, 4, 2, 3)
+    tensors, options = given(shape, names, torch.float64)
+    call = ours(None, options)
+    assert torch.autograd.gradcheck(call, tensors)
+    for chunk in (1 << 22, 8):
+        monkeypatch.setattr(reference, "CHUNK", chunk)
+        assert torch.autograd.gradgradcheck(call, tensors)
+
+
+def test_gradcheck_of_packed_sequences():
+    q, k, v = (t.double().detach().requires_grad_() for t in make((1, 2, 1, 4, 5, 2, 2), torch.float32))
+    ends = torch.tensor([0, 1, 4]), torch.tensor([0, 3, 5])
+
+    def call(q, k, v):
+        return ops.attention(q, k, v, cu_seqlens_q=ends[0], cu_seqlens_k=ends[1], causal=True)
+
+    assert torch.autograd.gradcheck(call, (q, k, v)) and torch.autograd.gradgradcheck(call, (q, k, v))
+
+
+def test_transforms_run_the_reference():
+    q, k, v = make(SMALL, torch.float32, grad=False)
+    mapped = torch.vmap(lambda q, k, v: ops.attention(q, k, v, causal=True))(q, k, v)
+    torch.testing.assert_close(mapped, ops.attention(q, k, v, causal=True, backend="torch"), rtol=1e-4, atol=1e-5)
+    _, tangent = torch.func.jvp(lambda q: ops.attention(q, k, v), (q,), (torch.ones_like(q),))
+    assert tangent.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    q, k, v = make(SMALL, torch.float32)
+    with torch.autocast("cpu", dtype):
+        y = ops.attention(q, k.to(dtype), v)
+    assert y.dtype == dtype
+    assert torch.autograd.grad(y.float().sum(), q)[0].dtype == torch.float32
+
+
+def test_explain_names_the_back_end(lane):
+    q, k, v = make(SMALL, torch.float32, lane.device)
+    if lane.name.startswith("cpu"):
+        assert explain("attention", q, backend=lane.backend).choice == "cpu"
+    if lane.backend != "torch":
+        with pytest.raises(BackendError, match="float64"):
+            ops.attention(q.double(), k.double(), v.double(), backend=lane.backend)
+
+
+# ---- Bad input ------------------------------------------------------------------------------------------------------
+
+Q, K = torch.ones(2, 4, 5, 8), torch.ones(2, 2, 6, 8)
+PACKED = {"q": torch.ones(4, 5, 8), "k": torch.ones(2, 5, 8), "v": torch.ones(2, 5, 8)}
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"q": torch.ones(2, 3)}, ValueError, "q: expected"),
-        ({"k": torch.ones(3, 5, 8), "v": torch.ones(3, 5, 8)}, ValueError, "number of heads that divides"),
-        ({"k": torch.ones(2, 5, 7)}, ValueError, "k: expected"),
-        ({"v": torch.ones(2, 4, 8)}, ValueError, "v: expected"),
-        ({"v": torch.ones(2, 5, 8).half()}, TypeError, "v: expected the dtype"),
-        ({"k": torch.ones(2, 5, 8, dtype=torch.int8)}, TypeError, "k: expected a floating"),
-        ({"k": torch.ones(2, 5, 8, device="meta")}, ValueError, "k: expected the device"),
+        ({"q": torch.ones(2, 3)}, ValueError, r"q: expected \[..., heads, length, head_dim\]"),
+        ({"q": [1.0]}, TypeError, "q: expected a tensor, got list"),
+        ({"k": torch.ones(2, 3, 6, 8), "v": torch.ones(2, 3, 6, 8)}, ValueError, "heads that divides q's 4, got 3"),
+        ({"k": torch.ones(2, 2, 6, 7)}, ValueError, "k: expected the head_dim of q, 8, as last dimension, got 7"),
+        ({"k": torch.ones(3, 2, 6, 8)}, ValueError, r"k: expected the batch of q, \(2,\), got \(3,\)"),
+        ({"v": torch.ones(2, 2, 5, 8)}, ValueError, "v: expected the length of k, 6, as dimension -2, got 5"),
+        ({"v": torch.ones(2, 4, 6, 8)}, ValueError, "v: expected the heads of k, 2, as dimension -3, got 4"),
+        ({"v": torch.ones(2, 2, 6, 8).half()}, TypeError, "v: expected the dtype of q"),
+        ({"k": torch.ones(2, 2, 6, 8, dtype=torch.int8)}, TypeError, "k: expected a dense floating"),
+        ({"k": torch.ones(2, 2, 6, 8, device="meta")}, ValueError, "k: expected the device of q"),
+        ({"mask": torch.ones(5, 6)}, TypeError, "mask: expected a boolean tensor.*a floating point mask is a bias"),
+        ({"mask": torch.ones(5, 7) > 0}, ValueError, r"mask: expected .* broadcast to \(2, 4, 5, 6\), got \(5, 7\)"),
+        ({"bias": torch.ones(3, 5, 6)}, ValueError, r"bias: expected .* broadcast to \(2, 4, 5, 6\), got \(3, 5, 6\)"),
+        ({"bias": torch.ones(5, 6) > 0}, TypeError, "bias: expected a floating point tensor or None"),
+        ({"valid_lens": torch.ones(2)}, TypeError, "valid_lens: expected an int64 or int32 tensor, got torch.float32"),
+        ({"valid_lens": torch.ones(3, dtype=torch.long)}, ValueError, r"valid_lens: expected shape \(2,\) or \(2, 5\)"),
+        ({"valid_lens": torch.tensor([-1, 3])}, ValueError, "valid_lens: expected values from 0 to 6, .* got -1 to 3"),
+        ({"valid_lens": torch.tensor([1, 7])}, ValueError, "valid_lens: expected values from 0 to 6, .* got 1 to 7"),
+        ({"window": 3}, TypeError, r"window: expected \(left, right\), two ints"),
+        ({"window": (1, -2)}, ValueError, "window: expected numbers of keys, or -1"),
+        ({"softcap": 0.0}, ValueError, "softcap: expected a number > 0"),
+        ({"softcap": "1"}, TypeError, "softcap: expected a number"),
+        ({"dropout_p": 1.5}, ValueError, "dropout_p: expected 0 <= p <= 1"),
+        ({"alibi_slopes": torch.ones(3)}, ValueError, r"alibi_slopes: expected shape \(4,\) or \(2, 4\)"),
+        ({"alibi_slopes": torch.ones(4, requires_grad=True)}, ValueError, "alibi_slopes: expected constants"),
+        ({"cu_seqlens_q": torch.tensor([0, 5])}, ValueError, r"q: expected shape \[heads, total, head_dim\]"),
+        (PACKED | {"cu_seqlens_k": torch.tensor([0, 5])}, ValueError, "cu_seqlens_q: expected the ends"),
+        (PACKED | {"cu_seqlens_q": torch.tensor([0, 4])}, ValueError, "cu_seqlens_q: expected values from 0 to 5"),
+        (PACKED | {"cu_seqlens_q": torch.tensor([0, 4, 3, 5])}, ValueError, "never fall, got 4 before 3"),
+        (PACKED | {"cu_seqlens_q": torch.tensor([0.0, 5.0])}, TypeError, "cu_seqlens_q: expected an int32 or int64"),
+        (
+            PACKED | {"cu_seqlens_q": torch.tensor([0, 5]), "cu_seqlens_k": torch.tensor([0, 2, 5])},
+            ValueError,
+            "cu_seqlens_k: expected as many as cu_seqlens_q",
+        ),
+        (
+            PACKED | {"cu_seqlens_q": torch.tensor([0, 5]), "mask": torch.ones(5, 5) > 0},
+            ValueError,
+            "mask: excluded by cu_seqlens_q",
+        ),
+        (
+            PACKED | {"cu_seqlens_q": torch.tensor([0, 5]), "valid_lens": torch.tensor([5])},
+            ValueError,
+            "valid_lens: excluded by cu_seqlens_q",
+        ),
     ],
-)
+)  # fmt: skip
 def test_bad_input(change, error, message):
-    arguments = {"q": torch.ones(4, 5, 8), "k": torch.ones(2, 5, 8), "v": torch.ones(2, 5, 8)} | change
     with pytest.raises(error, match=message):
-        ops.attention(**arguments)
-
-
-def test_bad_backend():
-    q, k, v = inputs(*CASES[0])
-    with pytest.raises(BackendError, match="attention"):
-        ops.attention(q, k, v, backend="triton")
+        ops.attention(**({"q": Q, "k": K, "v": K} | change))

@@ -57,6 +57,37 @@ FASTDL_INLINE void vstore_pairs(float* p, vf first, vf second) {
   vstore(p, _mm256_unpacklo_ps(first, second));
   vstore(p + LANES, _mm256_unpackhi_ps(first, second));
 }
+// Lane i of the result: the sum of the lanes of r[i].
+FASTDL_INLINE vf vsum_rows(const vf r[8]) {
+  const vf a = _mm256_hadd_ps(_mm256_hadd_ps(r[0], r[1]), _mm256_hadd_ps(r[2], r[3]));
+  const vf b = _mm256_hadd_ps(_mm256_hadd_ps(r[4], r[5]), _mm256_hadd_ps(r[6], r[7]));
+  return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+}
+// r[i][j] and r[j][i] change places: 8 rows of 8.
+FASTDL_INLINE void vtranspose(vf r[8]) {
+  vf t[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+    r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
+    t[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) r[i] = t[i];
+}
+// The two floats of each pair exchanged.
+FASTDL_INLINE vf vswap_pairs(vf a) { return _mm256_permute_ps(a, 0xb1); }
 FASTDL_INLINE vf vpair_bf16_lo(vb a) { return _mm256_castsi256_ps(_mm256_slli_epi32(a, 16)); }
 FASTDL_INLINE vf vpair_bf16_hi(vb a) {
   return _mm256_castsi256_ps(_mm256_and_si256(a, _mm256_set1_epi32((int)0xffff0000)));

@@ -49,6 +49,52 @@ FASTDL_INLINE void vstore_pairs(float* p, vf first, vf second) {
   vstore(p, _mm512_unpacklo_ps(first, second));
   vstore(p + LANES, _mm512_unpackhi_ps(first, second));
 }
+// Lane i of the result: the sum of the lanes of r[i]. Half the shuffles of turning the rows.
+FASTDL_INLINE vf vsum_rows(const vf r[16]) {
+  vf a[8], b[4];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i)
+    a[i] = _mm512_add_ps(_mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]), _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]));
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {  // every quarter: sums of rows 4 i to 4 i + 3
+    const __m512d x = _mm512_castps_pd(a[2 * i]), y = _mm512_castps_pd(a[2 * i + 1]);
+    b[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+  }
+  const vf c = _mm512_add_ps(_mm512_shuffle_f32x4(b[0], b[1], 0x88), _mm512_shuffle_f32x4(b[0], b[1], 0xdd));
+  const vf d = _mm512_add_ps(_mm512_shuffle_f32x4(b[2], b[3], 0x88), _mm512_shuffle_f32x4(b[2], b[3], 0xdd));
+  return _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x88), _mm512_shuffle_f32x4(c, d, 0xdd));
+}
+// r[i][j] and r[j][i] change places: 16 rows of 16.
+FASTDL_INLINE void vtranspose(vf r[16]) {
+  vf t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    const __m512d a = _mm512_castps_pd(t[i]), b = _mm512_castps_pd(t[i + 1]);
+    const __m512d c = _mm512_castps_pd(t[i + 2]), d = _mm512_castps_pd(t[i + 3]);
+    r[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+    r[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+    r[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+    r[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {  // r[4 g + i]: columns i, i + 4, i + 8, i + 12 of the rows 4 g to 4 g + 3
+    const vf a = _mm512_shuffle_f32x4(r[i], r[i + 4], 0x88), b = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x88);
+    const vf c = _mm512_shuffle_f32x4(r[i], r[i + 4], 0xdd), d = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xdd);
+    t[i] = _mm512_shuffle_f32x4(a, b, 0x88);
+    t[i + 4] = _mm512_shuffle_f32x4(c, d, 0x88);
+    t[i + 8] = _mm512_shuffle_f32x4(a, b, 0xdd);
+    t[i + 12] = _mm512_shuffle_f32x4(c, d, 0xdd);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) r[i] = t[i];
+}
+// The two floats of each pair exchanged.
+FASTDL_INLINE vf vswap_pairs(vf a) { return _mm512_permute_ps(a, 0xb1); }
 // Lane r of a pair vector holds two 16-bit values; these take the lower or upper one to float32.
 FASTDL_INLINE vf vpair_bf16_lo(vb a) { return _mm512_castsi512_ps(_mm512_slli_epi32(a, 16)); }
 FASTDL_INLINE vf vpair_bf16_hi(vb a) {

@@ -76,6 +76,27 @@ FASTDL_INLINE void vstore_pairs(float* p, vf first, vf second) {
     p[2 * i + 1] = second[i];
   }
 }
+// Lane i of the result: the sum of the lanes of r[i].
+FASTDL_INLINE vf vsum_rows(const vf r[LANES]) {
+  vf sums;
+  for (int i = 0; i < LANES; ++i) sums[i] = vsum(r[i]);
+  return sums;
+}
+// r[i][j] and r[j][i] change places.
+FASTDL_INLINE void vtranspose(vf r[LANES]) {
+  for (int i = 0; i < LANES; ++i)
+    for (int j = 0; j < i; ++j) {
+      const float x = r[i][j];
+      r[i][j] = r[j][i];
+      r[j][i] = x;
+    }
+}
+// The two floats of each pair exchanged.
+FASTDL_INLINE vf vswap_pairs(vf a) {
+  vf r;
+  for (int i = 0; i < LANES; ++i) r[i] = a[i ^ 1];
+  return r;
+}
 FASTDL_INLINE vf vpair_bf16_lo(vb a) { return (vf)((vu)a << 16); }
 FASTDL_INLINE vf vpair_bf16_hi(vb a) { return (vf)((vu)a & 0xffff0000u); }
 FASTDL_INLINE vf halves_to_float(vu a) {

@@ -8,6 +8,7 @@
 
 #include "common/parallel.h"
 #include "common/tensor.h"
+#include "cpu/decoder_attention.h"
 #include "cpu/decoder_block_kernel.h"
 #include "cpu/quant_matmul_kernel.h"
 #include "cpu/quant_table.h"
@@ -37,15 +38,6 @@ struct Layer {
   Matrix q, k, v, o, gate, up, down;
 };
 
-struct Shape {
-  int64_t n, width, n_heads, n_kv_heads, head_dim, ff, max_len, rope_dim, pos;
-  float eps;
-  int activation;
-  int64_t q_rows() const { return n_heads * head_dim; }
-  int64_t kv_rows() const { return n_kv_heads * head_dim; }
-  int64_t qkv_rows() const { return q_rows() + 2 * kv_rows(); }
-};
-
 const float* checked_vector(const Tensor& t, int64_t size, const char* message) {
   check(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.numel() == size, message);
   return (const float*)t.const_data_ptr();
@@ -53,7 +45,8 @@ const float* checked_vector(const Tensor& t, int64_t size, const char* message) 
 
 constexpr int64_t TENSORS = 12, FORMATS = 7;  // a layer, in the order of the schema
 
-std::vector<Layer> checked_layers(const std::vector<Tensor>& w, const std::vector<int64_t>& formats, const Shape& s) {
+std::vector<Layer> checked_layers(const std::vector<Tensor>& w, const std::vector<int64_t>& formats,
+                                  const DecoderShape& s) {
   const int64_t layers = (int64_t)w.size() / TENSORS;
   check((int64_t)w.size() == layers * TENSORS && (int64_t)formats.size() == layers * FORMATS,
         "weights, formats: expected 12 tensors and 7 formats a layer");
@@ -89,11 +82,11 @@ std::vector<Layer> checked_layers(const std::vector<Tensor>& w, const std::vecto
 // lies in its scratch): half a microsecond of arithmetic done twice costs less than a barrier.
 struct Memory {
   Tensor keep;
-  float *h, *qkv, *att, *ff;
+  float *h, *qkv, *att, *ff, *sums;
   std::vector<uint8_t*> prepared, scratch;
 };
 
-Memory allocate(const Shape& s, const QuantMatmulKernels& products, int64_t attention_bytes, int team) {
+Memory allocate(const DecoderShape& s, const QuantMatmulKernels& products, const CacheAttention& attention, int team) {
   const int64_t widest =
       s.width > s.ff ? (s.width > s.q_rows() ? s.width : s.q_rows()) : (s.ff > s.q_rows() ? s.ff : s.q_rows());
   int64_t block = 0;
@@ -102,12 +95,15 @@ Memory allocate(const Shape& s, const QuantMatmulKernels& products, int64_t atte
     if ((p == s.activation || p == PRECISION_FP32) && bytes > block) block = bytes;
   }
   const int64_t prepared = padded((widest + 31) / 32 * s.n * block);
-  int64_t scratch = products.scratch_bytes() > attention_bytes ? products.scratch_bytes() : attention_bytes;
+  int64_t scratch =
+      products.scratch_bytes() > attention.scratch_bytes ? products.scratch_bytes() : attention.scratch_bytes;
   scratch = padded(scratch > s.width * 4 ? scratch : s.width * 4);
   const int64_t h = padded(s.n * s.width * 4), qkv = padded(s.n * s.qkv_rows() * 4);
   const int64_t att = padded(s.n * s.q_rows() * 4), ff = padded(s.n * s.ff * 4);
+  const int64_t sums = attention.few ? padded(s.n_kv_heads * attention.parts * attention.part_floats * 4) : 0;
   const int copies = s.n == 1 ? team : 1;
-  Memory m{allocate_bytes(h + qkv + att + ff + copies * prepared + team * scratch),
+  Memory m{allocate_bytes(h + qkv + att + ff + sums + copies * prepared + team * scratch),
+           nullptr,
            nullptr,
            nullptr,
            nullptr,
@@ -119,6 +115,7 @@ Memory allocate(const Shape& s, const QuantMatmulKernels& products, int64_t atte
   m.qkv = (float*)at, at += qkv;
   m.att = (float*)at, at += att;
   m.ff = (float*)at, at += ff;
+  m.sums = (float*)at, at += sums;
   for (int i = 0; i < team; ++i) m.prepared.push_back(at + (copies > 1 ? i : 0) * prepared);
   at += copies * prepared;
   for (int i = 0; i < team; ++i) m.scratch.push_back(at + i * scratch);
@@ -129,7 +126,7 @@ Memory allocate(const Shape& s, const QuantMatmulKernels& products, int64_t atte
 // another thread wrote.
 class Worker {
  public:
-  Worker(const Shape& s, const Memory& m, const QuantMatmulKernels& products, const DecoderBlockKernels& steps,
+  Worker(const DecoderShape& s, const Memory& m, const QuantMatmulKernels& products, const DecoderBlockKernels& steps,
          float* x, int thread, int team)
       : s_(s),
         m_(m),
@@ -142,16 +139,17 @@ class Worker {
         team_(team),
         alone_(s.n == 1) {}
 
-  void layer(const Layer& l, const AttentionArgs& attention, const RopeArgs& rope) {
+  void layer(const Layer& l, const CacheAttention& attention, const RopeArgs& rope) {
     normalized(l.attn_norm, {&l.q, &l.k, &l.v});
     project({&l.q, &l.k, &l.v}, m_.qkv, s_.qkv_rows());
     barrier();
     const Range turned = range(s_.n * (s_.n_heads + 2 * s_.n_kv_heads), thread_, team_);
     steps_.rope_and_cache(rope, turned.begin, turned.end);
     barrier();
-    // Items come in order of falling cost, so dealing them out in turn is fair.
-    const int64_t items = steps_.attention_items(attention);
-    for (int64_t i = thread_; i < items; i += team_) steps_.attention(attention, i, i + 1, scratch_);
+    if (attention.few)
+      attention_of_few(attention);
+    else
+      attention_of_many(attention);
     barrier();
     prepare(m_.att, s_.q_rows(), {&l.o});
     run(product(l.o, x_, s_.width, ADD));
@@ -172,6 +170,33 @@ class Worker {
   }
 
  private:
+  // A few queries: every part of the keys of a key head is an item; the parts are merged once all are done.
+  void attention_of_few(const CacheAttention& c) {
+    const int64_t items = s_.n_kv_heads * c.parts;
+    const auto sums = [&](int64_t group) { return m_.sums + group * c.parts * c.part_floats; };
+    for (int64_t i = thread_; i < items; i += team_) {
+      const int64_t group = i / c.parts, part = i % c.parts;
+      c.decode->part(c.few_call, 0, group, part, sums(group) + part * c.part_floats, scratch_);
+      if (c.parts == 1) c.decode->merge(c.few_call, 0, group, sums(group), 1);
+    }
+    if (c.parts == 1) return;
+    barrier();
+    for (int64_t group = thread_; group < s_.n_kv_heads; group += team_)
+      c.decode->merge(c.few_call, 0, group, sums(group), c.parts);
+  }
+
+  // Many: blocks of queries. The last see most keys and go first, so that dealing them out in turn is fair.
+  void attention_of_many(const CacheAttention& c) {
+    const int64_t columns = s_.n_heads / s_.n_kv_heads * s_.n, block = c.many->columns;
+    const int64_t blocks = (columns + block - 1) / block;
+    for (int64_t i = thread_; i < blocks * s_.n_kv_heads; i += team_) {
+      const int64_t first = (blocks - 1 - i / s_.n_kv_heads) * block;
+      const AttentionSequence all{0, i % s_.n_kv_heads, 0, s_.n, 0, s_.pos + s_.n};
+      c.many->forward(c.many_call, all, first, columns - first < block ? columns - first : block, 0, s_.pos + s_.n,
+                      nullptr, scratch_);
+    }
+  }
+
   using Group = std::initializer_list<const Matrix*>;  // matrices that share their input
 
   void barrier() const {
@@ -223,7 +248,7 @@ class Worker {
     }
   }
 
-  const Shape& s_;
+  const DecoderShape& s_;
   const Memory& m_;
   const QuantMatmulKernels& products_;
   const DecoderBlockKernels& steps_;
@@ -255,8 +280,8 @@ Tensor decoder_blocks(const Tensor& x_, const std::vector<Tensor>& weights, cons
   check(rope.is_cpu() && rope.scalar_type() == ScalarType::Float && rope.is_contiguous() && rope.dim() == 2 &&
             rope.size(0) >= pos + n && rope.size(1) <= head_dim && rope.size(1) % 2 == 0,
         "rope: expected float32 [at least pos + n, rope_dim <= head_dim]");
-  const Shape s{n,       x_.size(1),   n_heads, n_kv_heads, head_dim,       ff_dim,
-                max_len, rope.size(1), pos,     (float)eps, (int)activation};
+  const DecoderShape s{n,       x_.size(1),   n_heads, n_kv_heads, head_dim,       ff_dim,
+                       max_len, rope.size(1), pos,     (float)eps, (int)activation};
   check(ff_dim > 0, "ff_dim: expected a positive number");
   const std::vector<Layer> stack = checked_layers(weights, formats, s);
   const float* norm =
@@ -267,12 +292,9 @@ Tensor decoder_blocks(const Tensor& x_, const std::vector<Tensor>& weights, cons
   const QuantMatmulKernels& products = quant_matmul_table();
   const DecoderBlockKernels& steps = decoder_block_table();
   const int team = thread_count();
-  AttentionArgs attention{};
-  attention.n = n, attention.pos = pos, attention.ld_q = s.qkv_rows(), attention.max_len = max_len;
-  attention.n_heads = n_heads, attention.n_kv_heads = n_kv_heads, attention.head_dim = head_dim;
-  attention.scale = 1.0f / std::sqrt((float)head_dim);
-  const Memory m = allocate(s, products, steps.attention_scratch_bytes(attention), team);
-  attention.q = m.qkv, attention.out = m.att;
+  CacheAttention attention(s);
+  const Memory m = allocate(s, products, attention, team);
+  attention.tensors(m.qkv, m.att);
   RopeArgs turn{m.qkv,
                 (const float*)rope.const_data_ptr(),
                 nullptr,
@@ -292,11 +314,13 @@ Tensor decoder_blocks(const Tensor& x_, const std::vector<Tensor>& weights, cons
 
   parallel_region(team, [&](int thread, int threads) {
     Worker worker(s, m, products, steps, data, thread, threads);
-    AttentionArgs a = attention;
+    CacheAttention a = attention;
+    a.few_call.lens = &a.length;
     RopeArgs r = turn;
     for (int64_t i = 0; i < layers; ++i) {
-      a.k_cache = r.k_cache = keys + i * layer_elements;
-      a.v_cache = r.v_cache = values + i * layer_elements;
+      r.k_cache = keys + i * layer_elements;
+      r.v_cache = values + i * layer_elements;
+      a.cache(r.k_cache, r.v_cache);
       worker.layer(stack[(size_t)i], a, r);
     }
     if (norm) worker.output_norm(norm);

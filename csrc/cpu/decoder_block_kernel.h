@@ -9,20 +9,11 @@
 namespace fastdl {
 
 // n new tokens of one sequence at positions pos .. pos + n - 1. head_dim is a multiple of 16.
-struct AttentionArgs {
-  const float* q;           // [n][ld_q], head h at h * head_dim, RoPE applied
-  const uint16_t* k_cache;  // f16 [n_kv_heads][max_len][head_dim], positions below pos + n are written
-  const uint16_t* v_cache;  // the same shape
-  float* out;               // [n][n_heads * head_dim]
-  int64_t n, pos, ld_q, max_len, n_heads, n_kv_heads, head_dim;
-  float scale;
-};
-
 struct RopeArgs {
   float* qkv;         // [n][ld_qkv]: query heads, key heads, value heads
   const float* rope;  // [>= pos + n][rope_dim]: (cos, sin) pairs for the pairs of elements (2i, 2i + 1)
-  uint16_t* k_cache;  // as in AttentionArgs
-  uint16_t* v_cache;
+  uint16_t* k_cache;  // f16 [n_kv_heads][max_len][head_dim]
+  uint16_t* v_cache;  // the same
   int64_t n, pos, ld_qkv, max_len, n_heads, n_kv_heads, head_dim, rope_dim;
 };
 
@@ -31,9 +22,6 @@ struct DecoderBlockKernels {
   void (*rms_norm)(const float* x, const float* weight, float eps, int64_t width, int64_t t0, int64_t t1, float* out);
   // Items 0 .. n * (n_heads + 2 n_kv_heads): turns one head of one token, or copies it to the cache.
   void (*rope_and_cache)(const RopeArgs& a, int64_t item0, int64_t item1);
-  int64_t (*attention_items)(const AttentionArgs& a);
-  int64_t (*attention_scratch_bytes)(const AttentionArgs& a);
-  void (*attention)(const AttentionArgs& a, int64_t item0, int64_t item1, void* scratch);
 };
 
 #define FASTDL_DECLARE(variant) \

@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from .activation import swiglu
-from .attention import attention
+from .attention import attention_forward
 from .norm import rms_norm
 from .rope import rope as turn
 
@@ -57,7 +57,8 @@ def decoder_blocks(
         k = turn(heads(matmul(h, layer.k, layer.bias_k), n_kv_heads), rope[new], interleaved=True)
         k_cache[i, :, new] = k.to(k_cache.dtype)
         v_cache[i, :, new] = heads(matmul(h, layer.v, layer.bias_v), n_kv_heads).to(v_cache.dtype)
-        out = attention(q, k_cache[i, :, seen], v_cache[i, :, seen], causal=True, scale=head_dim**-0.5)
+        cached = (cache[i, None, :, seen] for cache in (k_cache, v_cache))
+        out = attention_forward(q[None], *cached, *[None] * 7, 0.0, head_dim**-0.5, 0.0, -1, 0)[0][0]
         x = x + matmul(out.transpose(0, 1).reshape(n, -1), layer.o, None)
         h = rms_norm(x, layer.ffn_norm, eps)
         x = x + matmul(swiglu(matmul(h, layer.gate, None), matmul(h, layer.up, None)), layer.down, None)

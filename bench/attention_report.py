@@ -1,0 +1,85 @@
+"""The attention rooms' part of the report: rows of must, aim and measured, and lines of their records.
+
+Test: tests/test_bench_attention.py
+"""
+
+from __future__ import annotations
+
+from bench import goals, hardware
+from bench.cells import LEVEL_NAMES, NOT_MEASURED, pick, rows, times
+
+OPTIONS = {
+    "full": "",
+    "causal": ", causal",
+    "bias": ", with bias",
+    "mask": ", with mask",
+    "valid_lens": ", with valid_lens",
+}
+KINDS = {"forward": "forward", "gradients": "forward and gradients"}
+
+
+def case_key(level: str, kind: str, option: str, shape: tuple[int, ...], dtype: str) -> str:
+    return f"{level}/{kind}/{option}/{'x'.join(map(str, shape))}/{dtype}"
+
+
+def decode_key(level: str, shape: tuple[int, ...], dtype: str, cache: str) -> str:
+    return f"{level}/decode/{'x'.join(map(str, shape))}/{dtype}/{cache}"
+
+
+def bounds(goal: goals.Goal | None) -> tuple[str, str]:
+    return ("", "") if goal is None else (f"{goal.must} ×", f"{goal.aim} ×")
+
+
+def verdict(goal: goals.Goal | None, ratio: dict) -> str:
+    return "" if goal is None else f": {goal.verdict(ratio['median'])}"
+
+
+def attention_table(found: dict[str, list[dict]]) -> str:
+    """One row a promise of goals.ATTENTION and goals.DECODE and a level that measured it, and the GPU's."""
+    made = ["| attention over torch's SDPA | must | aim | measured | on |", "| --- | --- | --- | --- | --- |"]
+    for (kind, option, shape, dtype), goal in goals.ATTENTION.items():
+        what = f"{KINDS[kind]}{OPTIONS[option]}, {' x '.join(map(str, shape))}, {dtype}"
+        keys = [(level, case_key(level, kind, option, shape, dtype)) for level in hardware.LEVELS]
+        made += level_rows(what, found.get("attention", []), keys, goal, "share_of_product_limit", "of the peak")
+    for (shape, dtype, cache), goal in goals.DECODE.items():
+        heads, kv_heads, held = shape[1:4]
+        what = f"decode, 1 query, {held} keys, {heads} query and {kv_heads} key heads, {dtype}"
+        what += "" if cache == dtype else f", cache {cache}"
+        keys = [(level, decode_key(level, shape, dtype, cache)) for level in hardware.LEVELS]
+        made += level_rows(
+            what, found.get("attention_decode", []), keys, goal, "share_of_read_limit", "of the read limit"
+        )
+    for what, goal in goals.ATTENTION_GPU.items():
+        must, aim = bounds(goal)
+        made.append(f"| on a GPU: {what} | {must} | {aim} | {NOT_MEASURED} | |")
+    return "\n".join(made)
+
+
+def level_rows(
+    what: str, contents: list[dict], keys: list[tuple[str, str]], goal: goals.Goal | None, share: str, of: str
+) -> list[str]:
+    cells = []
+    for level, key in keys:
+        for record, machine in pick(contents, key):
+            value = record["sides"]["fastdl"][share]
+            text = f"{times(record['ratio'])}" + (f", {value:.0%} {of}" if value else "")
+            cells.append((level, text + verdict(goal, record["ratio"]), machine))
+    must, aim = bounds(goal)
+    made = [row for level, text, machine in cells
+            for row in rows(f"{what}, {LEVEL_NAMES[level]}", must, aim, [(text, machine)])]  # fmt: skip
+    return made or rows(what, must, aim, [])
+
+
+def attention_lines(key: str, record: dict) -> list[str]:
+    """One line a side of a record of either room."""
+    made = []
+    for name, side in record["sides"].items():
+        share = side.get("share_of_product_limit", side.get("share_of_read_limit"))
+        rate = f"{side['gflop_per_s']} GFLOP/s" if "gflop_per_s" in side else f"{side['gb_per_s']} GB/s"
+        ratio = f"{times(record['ratio'])} {record.get('best', 'torch')}, " if name == "fastdl" else ""
+        made.append(
+            f"- {key}: {name}: {ratio}{side['seconds']['median'] * 1e6:.1f} us, {rate}"
+            + (f" = {share:.0%} of the limit" if share else "")
+            + f", relative error {side['relative_error']:.1e}"
+        )
+    return made
