@@ -26,6 +26,10 @@ def decode_key(level: str, shape: tuple[int, ...], dtype: str, cache: str) -> st
     return f"{level}/decode/{'x'.join(map(str, shape))}/{dtype}/{cache}"
 
 
+def additive_key(level: str, kind: str, shape: tuple[int, ...], dtype: str, peer: str) -> str:
+    return f"{level}/{kind}/{'x'.join(map(str, shape))}/{dtype}/{peer}"
+
+
 def bounds(goal: goals.Goal | None) -> tuple[str, str]:
     return ("", "") if goal is None else (f"{goal.must} ×", f"{goal.aim} ×")
 
@@ -55,6 +59,28 @@ def attention_table(found: dict[str, list[dict]]) -> str:
     return "\n".join(made)
 
 
+ADDITIVE_KINDS = {**KINDS, "step": "forward, one query"}
+ADDITIVE_PEERS = {"eager": "eager torch", "compile": "torch.compile"}
+
+
+def additive_table(found: dict[str, list[dict]]) -> str:
+    """One row a promise of goals.ADDITIVE and a level that measured it, and the memory's."""
+    made = ["| additive attention | must | aim | measured | on |", "| --- | --- | --- | --- | --- |"]
+    contents = found.get("additive_attention", [])
+    for (kind, shape, dtype, peer), goal in goals.ADDITIVE.items():
+        what = f"{ADDITIVE_KINDS[kind]}, {' x '.join(map(str, shape))}, {dtype}, over {ADDITIVE_PEERS[peer]}"
+        keys = [(level, additive_key(level, kind, shape, dtype, peer)) for level in hardware.LEVELS]
+        made += level_rows(what, contents, keys, goal, "share_of_product_limit", "of the peak")
+    goal, cells = goals.ADDITIVE_MEMORY, []
+    for level in hardware.LEVELS:
+        key = additive_key(level, "memory", goals.ADDITIVE_SHAPE, "fp32", "eager")
+        for record, machine in pick(contents, key):
+            ratio = record["over_eager"]
+            cells.append((f"{ratio['median']:.3f} ×: {goal.verdict(ratio['median'])}", machine))
+    what = f"forward and gradients, {' x '.join(map(str, goals.ADDITIVE_SHAPE))}, fp32, peak memory over eager torch"
+    return "\n".join(made + rows(what, f"≤ {goal.must} ×", "", cells))
+
+
 def level_rows(
     what: str, contents: list[dict], keys: list[tuple[str, str]], goal: goals.Goal | None, share: str, of: str
 ) -> list[str]:
@@ -71,7 +97,12 @@ def level_rows(
 
 
 def attention_lines(key: str, record: dict) -> list[str]:
-    """One line a side of a record of either room."""
+    """One line a side of a record of these rooms."""
+    if record.get("kind") == "memory":
+        amounts = ", ".join(f"{name} {value['median'] / 1e6:.1f} MB" for name, value in record["bytes"].items())
+        return [f"- {key}: {record['over_eager']['median']:.3f} × eager torch's memory; {amounts}"]
+    if "ratio" not in record:
+        return [f"- {key}: missing: {text}" for text in record["missing"]]
     made = []
     for name, side in record["sides"].items():
         share = side.get("share_of_product_limit", side.get("share_of_read_limit"))

@@ -17,6 +17,8 @@
 | attention, fp32, over torch's SDPA: (1, 8, 2048, 64), (4, 12, 512, 64), full and causal; bf16 | 1.2; 1.2 | 1.6; 2 |
 | attention with bias, mask or valid_lens, over SDPA with a mask | 1.5 | 3 |
 | attention of one query over 4096 keys, 9 query and 3 key heads, over SDPA | 2 | 4 |
+| additive attention, (16, 64, 512, 256), forward and gradients: over eager torch; over torch.compile | 3 | 8 |
+| additive attention, the same: peak memory over eager torch's | at most 0.1 | |
 | on a GPU: LSTM forward, and with its backward, in bf16, over cuDNN | 1.2 | 2 |
 | on a GPU: norm forward; backward, add + norm: share of the copy bandwidth | 0.85; 0.70 | 0.92; 0.85 |
 | mean KL with bf16 and with fp32 activations | at most 2e-4, 1e-6 | |
@@ -148,6 +150,17 @@ ATTENTION_GPU = {
     ),
     "decode, batch 1 to 32, 8k keys, grouped heads, over the best SDPA back end": Goal(1.5, 2.0),
 }
+
+# Additive attention: (kind, [batch, queries, keys, hidden], dtype, peer) -> what is promised. d_v is hidden. "step": one
+# query of a decoder.
+ADDITIVE_SHAPE = (16, 64, 512, 256)
+ADDITIVE: dict[tuple[str, tuple[int, int, int, int], str, str], Goal | None] = {
+    **{("gradients", ADDITIVE_SHAPE, "fp32", peer): Goal(3.0, 8.0) for peer in ("eager", "compile")},
+    **{("forward", ADDITIVE_SHAPE, "fp32", peer): None for peer in ("eager", "compile")},
+    ("gradients", ADDITIVE_SHAPE, "bf16", "eager"): None,
+    ("step", (16, 1, 512, 256), "fp32", "eager"): None,
+}
+ADDITIVE_MEMORY = Goal(0.1, at_most=True)
 
 
 def recurrent_cases(room: str, *kinds: str) -> list[tuple[str, tuple[int, int, int], str]]:

@@ -16,3 +16,9 @@ def plain_rope(x: Tensor, cos_sin: Tensor, pairs: str) -> Tensor:
         return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), -1)
     a, b = x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2]
     return torch.cat((torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2), rest), -1)
+
+
+def plain_additive_attention(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
+    """q [batch, queries, hidden], k [batch, keys, hidden], v [batch, keys, d_v], w [hidden] -> [batch, queries, d_v]."""
+    scores = torch.tanh(q[:, :, None] + k[:, None]) @ w
+    return torch.softmax(scores, -1) @ v

@@ -57,7 +57,12 @@ def main(side: str, room: str, time: str, batch: str, hidden: str, threads: str)
 
 def peak(side: str, room: str, shape: tuple[int, int, int], threads: int) -> int:
     """Bytes, from a process of its own."""
-    command = [sys.executable, "-m", "bench.recurrent_memory", side, room, *map(str, shape), str(threads)]
+    return bytes_of("bench.recurrent_memory", side, room, *shape, threads)
+
+
+def bytes_of(module: str, *arguments: object) -> int:
+    """What `python -m module arguments...` prints as {"bytes": ...}."""
+    command = [sys.executable, "-m", module, *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr.strip()[-800:]}")

@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 
 from bench import goals, hardware, results
-from bench.attention_report import attention_lines, attention_table
+from bench.attention_report import additive_table, attention_lines, attention_table
 from bench.cells import LEVEL_NAMES, NOT_MEASURED, machine_name, number, pick, rows, times
 from bench.recurrent_report import ROOMS, gpu_recurrent_rows, recurrent_lines, recurrent_table
 
@@ -190,7 +190,7 @@ def write_readme(path: Path, found: dict[str, list[dict]]) -> None:
     text = path.read_text(encoding="utf-8")
     before, rest = text.split(begin)
     tables = f"{begin}\n{goal_table(found)}\n\n{products_table(found)}\n\n{norm_table(found)}\n\n"
-    tables += f"{recurrent_table(found)}\n\n{attention_table(found)}\n{end}"
+    tables += f"{recurrent_table(found)}\n\n{attention_table(found)}\n\n{additive_table(found)}\n{end}"
     path.write_text(before + tables + rest.split(end)[1], encoding="utf-8")
 
 
@@ -221,7 +221,7 @@ LINES = {"llm": llm_lines, "quant_matmul": sides_lines, "decoder_block": sides_l
 LINES |= dict.fromkeys(
     ("group_norm", "batch_norm", "activation", "rope", "position", "linear_scan", "selective_scan"), norm_lines
 )
-LINES |= dict.fromkeys(("attention", "attention_decode"), attention_lines)
+LINES |= dict.fromkeys(("attention", "attention_decode", "additive_attention"), attention_lines)
 LINES |= dict.fromkeys(ROOMS, lambda key, record: gpu_lines(key, record) if record["level"] == "gpu" else
                        recurrent_lines(key, record))  # fmt: skip
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bench import goals
-from bench.attention_report import attention_lines, attention_table, case_key, decode_key
+from bench import additive_memory, goals
+from bench.attention_report import additive_key, additive_table, attention_lines, attention_table, case_key, decode_key
 from bench.cells import NOT_MEASURED
 
 RATIO = {"median": 1.7, "min": 1.5, "max": 1.9}
@@ -37,3 +37,28 @@ def test_rows_and_verdicts():
 
 def test_nothing_measured():
     assert all(NOT_MEASURED in line for line in attention_table({}).split("\n")[2:])
+
+
+def test_additive_attention_rows():
+    kind, shape, dtype, peer = next(iter(goals.ADDITIVE))
+    side = {"seconds": SECONDS, "relative_error": 1e-7, "gflop_per_s": 10.0, "share_of_product_limit": 0.5}
+    records = {
+        additive_key("avx512", kind, shape, dtype, peer): {"ratio": RATIO, "best": peer, "sides": {"fastdl": side}},
+        additive_key("avx512", "memory", shape, dtype, peer): {
+            "kind": "memory", "bytes": {"fastdl": {"median": 1e6}}, "over_eager": {"median": 0.02},
+        },
+    }  # fmt: skip
+    assert len(additive_table({}).split("\n")) == 3 + len(goals.ADDITIVE)
+    table = additive_table({"additive_attention": [MACHINE | {"records": records}]}).split("\n")
+    assert any("50% of the peak: MISSED" in line and "over eager torch, AVX-512" in line for line in table)
+    assert "| ≤ 0.1 × |  | 0.020 ×: met | a CPU" in table[-1]
+    assert sum(NOT_MEASURED in line for line in table) == len(goals.ADDITIVE) - 1
+    lines = [line for key, record in records.items() for line in attention_lines(key, record)]
+    assert "1.70 × (1.50 to 1.90) eager" in lines[0] and "0.020 × eager torch's memory; fastdl 1.0 MB" in lines[1]
+    missing = attention_lines("key", {"kind": "forward", "missing": ["torch.compile: no compiler"]})
+    assert missing == ["- key: missing: torch.compile: no compiler"]
+
+
+def test_additive_memory_is_measured():
+    ours, eager = (additive_memory.peak(side, (2, 32, 64, 64), 1) for side in ("fastdl", "eager"))
+    assert 0 < ours < eager
