@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "cuda/platform.cuh"
 #include "cuda/mma.cuh"
+#include "cuda/platform.cuh"
 #include "cuda/reduce.cuh"
 
 namespace fastdl::cuda {
