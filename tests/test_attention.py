@@ -59,7 +59,8 @@ def test_many_blocks(lane, shape):
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options(lane, name):
     """Each option alone, every dtype, all gradients."""
-    for shape in (SMALL, (1, 4, 4, 35, 66, 24, 40)):
+    shapes = [SMALL, (1, 4, 4, 35, 66, 24, 40)]
+    for shape in shapes[:1] if lane.name == "triton interpreted" else shapes:
         for dtype in lane.dtypes:
             tensors, options = given(shape, (name,), dtype, lane.device)
             check(ours(lane.backend, options), tensors, peer=torchs(shape, options))
@@ -68,6 +69,8 @@ def test_options(lane, name):
 @pytest.mark.parametrize("pair", PAIRS, ids=" + ".join)
 def test_pairs(lane, pair):
     """Every two options together; by norm, because a hundred small cases would meet chance."""
+    if lane.name == "triton interpreted" and PAIRS.index(pair) % 8:
+        pytest.skip("minutes without a GPU, of which every eighth pair runs")
     tensors, options = given(SMALL, pair, torch.float32, lane.device)
     check(ours(lane.backend, options), tensors, peer=torchs(SMALL, options), norm=True)
 
