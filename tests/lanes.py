@@ -65,7 +65,7 @@ only_levels: list[str] = []  # caps that --levels asked for; all when empty
 SAME_KERNELS = {
     **dict.fromkeys(("norm", "group_norm", "batch_norm", "activation"), ("avx2", "amx-twin", "amx")),
     **dict.fromkeys(("linear_scan", "selective_scan", "attention_decode"), ("avx2", "amx-twin", "amx")),
-    "attention": ("avx2", "amx-twin", "amx"),
+    **dict.fromkeys(("additive_attention", "attention"), ("avx2", "amx-twin", "amx")),
     **dict.fromkeys(("lstm", "gru", "rnn"), ("avx2",)),  # their products use tiles
 }
 

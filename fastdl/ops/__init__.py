@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .activation import activation, geglu, swiglu
+from .additive_attention import additive_attention
 from .attention import attention
 from .attention_decode import attention_decode
 from .batch_norm import batch_norm
@@ -51,6 +52,9 @@ ROOMS: dict[str, Room] = {
     "rope": Room(("rope", "rope_table")),
     "attention": Room(("attention",), ("cpu",)),
     "attention_decode": Room(("attention_decode",), ("cpu",)),
+    "additive_attention": Room(
+        ("additive_attention",), ("cpu", "cuda", "triton"), ("AdditiveAttention", "PointerAttention")
+    ),
     "activation": Room(("activation", "swiglu", "geglu"), ("cpu", "cuda", "triton"), ("Activation", "GatedMLP")),
 }
 
@@ -60,6 +64,7 @@ __all__ = [
     "DecoderStack",
     "Room",
     "activation",
+    "additive_attention",
     "attention",
     "attention_decode",
     "auto_activation",
