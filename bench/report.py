@@ -218,7 +218,9 @@ def gpu_lines(key: str, record: dict) -> list[str]:
 
 
 LINES = {"llm": llm_lines, "quant_matmul": sides_lines, "decoder_block": sides_lines, "norm": norm_lines}
-LINES |= dict.fromkeys(("group_norm", "batch_norm", "activation", "linear_scan", "selective_scan"), norm_lines)
+LINES |= dict.fromkeys(
+    ("group_norm", "batch_norm", "activation", "rope", "position", "linear_scan", "selective_scan"), norm_lines
+)
 LINES |= dict.fromkeys(("attention", "attention_decode"), attention_lines)
 LINES |= dict.fromkeys(ROOMS, lambda key, record: gpu_lines(key, record) if record["level"] == "gpu" else
                        recurrent_lines(key, record))  # fmt: skip

@@ -1,5 +1,5 @@
-"""Rooms activation, group_norm and batch_norm on a GPU, in bfloat16: shares of the copy bandwidth; back ends cuda and
-triton, against torch eager and torch.compile. Part of bench/bench_<room>.py; norms over rows: norm_gpu.py.
+"""Rooms activation, group_norm, batch_norm, rope and position on a GPU, in bfloat16: shares of the copy bandwidth; back
+ends cuda and triton, against torch eager and torch.compile. Part of bench/bench_<room>.py; norms of rows: norm_gpu.py.
 
 Bytes are what the op must move. Kinds that end in _backward time the gradients of a graph that is kept.
 
@@ -8,6 +8,7 @@ Test: tests/test_bench_gpu.py
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import gpu
+from bench.plain import plain_rope
 from fastdl import ops
 
 GROUPS = 32
@@ -47,13 +49,44 @@ def batch_norm(backend: str | None) -> Callable[..., Tensor]:
     )
 
 
-# kind -> function, its tensors beside x ("x": like x, "c": a number a channel), tensors moved forward and backward
+@functools.cache
+def angles(n: int, head_dim: int, device: torch.device) -> Tensor:
+    return ops.rope_table(head_dim // 2 * 2, 10000.0, n).to(device)
+
+
+def rope(backend: str | None, pairs: str) -> Callable[..., Tensor]:
+    """x [batch, n, heads, head_dim], as a projection gives it."""
+
+    def call(x: Tensor) -> Tensor:
+        table, x = angles(x.shape[1], x.shape[3], x.device), x.transpose(1, 2)
+        return plain_rope(x, table, pairs) if backend is None else ops.rope(x, table, pairs=pairs, backend=backend)
+
+    return call
+
+
+def add_positions(backend: str | None) -> Callable[..., Tensor]:
+    """With a learned table and the embedding's scale."""
+    if backend is None:
+        return lambda x, table: x * 32.0 + table
+    return lambda x, table: ops.add_positions(x, table, scale=32.0, backend=backend)
+
+
+# kind -> function, its tensors beside x ("x": like x, "c": a number a channel, "t": a table [n, dim]), tensors moved
+# forward and backward
 KINDS: dict[str, dict[str, tuple[Callable, str, int, int]]] = {
     "activation": {"bias_gelu": (bias_gelu, "c", 2, 3), "swiglu": (swiglu, "x", 3, 5)},
     "group_norm": {"group_norm": (group_norm, "cc", 3, 5)},  # x twice: a group is larger than a block's registers
     "batch_norm": {"add_norm_relu": (batch_norm, "ccx", 4, 7)},
+    "rope": {f"rope_{pairs}": (functools.partial(rope, pairs=pairs), "", 2, 2) for pairs in ("interleaved", "half")},
+    "position": {"add_positions": (add_positions, "t", 2, 2)},
 }
-SHAPES = {"activation": ((8192, 14336),), "group_norm": ((8, 320, 64, 64),), "batch_norm": ((32, 256, 56, 56),)}
+SHAPES = {
+    "activation": ((8192, 14336),),
+    "group_norm": ((8, 320, 64, 64),),
+    "batch_norm": ((32, 256, 56, 56),),
+    "rope": ((4, 4096, 32, 128),),
+    "position": ((16, 2048, 2048),),
+}
 CASES = [
     (room, kind + suffix, shape)
     for room, kinds in KINDS.items()
@@ -85,7 +118,8 @@ def measure(
     torch.manual_seed(0)
     channel = 1 if len(shape) > 2 else -1
     x, grad = (torch.randn(shape, device=device).bfloat16() for _ in range(2))
-    tensors = [x, *(torch.randn(shape if s == "x" else shape[channel], device=device).bfloat16() for s in sizes)]
+    of = {"x": shape, "c": shape[channel], "t": shape[-2:]}
+    tensors = [x, *(torch.randn(of[s], device=device).bfloat16() for s in sizes)]
 
     def side(call: Callable[..., Tensor], tensors: list[Tensor]) -> gpu.Side:
         if not kind.endswith("_backward"):
@@ -93,7 +127,7 @@ def measure(
         leaves = [t.detach().requires_grad_() for t in tensors]
         with torch.enable_grad():
             y = call(*leaves)
-        return lambda: torch.autograd.grad(y, leaves, grad.to(y.dtype), retain_graph=True)
+        return lambda: torch.autograd.grad(y, leaves, grad.view(y.shape).to(y.dtype), retain_graph=True)
 
     makers = {f"fastdl {b}": lambda b=b: side(function(b), tensors) for b in backends}
     makers |= {

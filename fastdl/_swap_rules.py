@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from . import _swap_recurrent as recurrent
 from ._swap_gated import GatedByProbe, is_gated, plan_gated
+from .nn._transformer import TransformerDecoderLayer, TransformerEncoderLayer
 from .nn.activation import GatedMLP
+from .nn.attention import MultiheadAttention
 from .nn.batch_norm import BatchNorm1d, BatchNorm2d
 from .nn.group_norm import GroupNorm
 from .nn.norm import LayerNorm, RMSNorm
@@ -56,6 +58,15 @@ def _recurrent_rule(theirs: type) -> Rule:
         return f"{type(layer).__name__} is a subclass that may compute something else"
 
     return Rule(room, lambda layer: isinstance(layer, known), plan)
+
+
+def _attention_rule(ours: type, theirs: type) -> Rule:
+    def plan(layer: nn.Module) -> tuple[type, dict] | str:
+        if type(layer) is not theirs:
+            return f"{type(layer).__name__} is a subclass that may compute something else"
+        return ours, {}
+
+    return Rule("attention", lambda layer: isinstance(layer, theirs), plan)
 
 
 class _RMSNormByProbe:
@@ -135,13 +146,19 @@ RULES = [
     _torch_rule("group_norm", GroupNorm, nn.GroupNorm),
     _torch_rule("batch_norm", BatchNorm1d, nn.BatchNorm1d),
     _torch_rule("batch_norm", BatchNorm2d, nn.BatchNorm2d),
+    _attention_rule(MultiheadAttention, nn.MultiheadAttention),
+    _attention_rule(TransformerEncoderLayer, nn.TransformerEncoderLayer),
+    _attention_rule(TransformerDecoderLayer, nn.TransformerDecoderLayer),
     *(_recurrent_rule(theirs) for theirs in recurrent.SWAPS),
     Rule("rms_norm", _is_rms_norm, _plan_rms_norm),
     Rule("swiglu", is_gated, _plan_gated),
 ]
 
 # Layers that are fused already.
-FUSED = (LayerNorm, RMSNorm, GroupNorm, BatchNorm1d, BatchNorm2d, GatedMLP, *recurrent.FUSED)
+FUSED = (
+    *(LayerNorm, RMSNorm, GroupNorm, BatchNorm1d, BatchNorm2d, GatedMLP, *recurrent.FUSED),
+    *(MultiheadAttention, TransformerEncoderLayer, TransformerDecoderLayer),
+)
 
 # Subclasses of other packages' layers are made on demand, once, and found again by name when a model is unpickled.
 _made: dict[tuple[type, type], type] = {}

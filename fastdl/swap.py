@@ -90,9 +90,10 @@ def accelerate(
     exclude  names to leave out
     backend  back end for the swapped layers; None: the automatic choice at each call
 
-    Known are torch's LayerNorm, RMSNorm, GroupNorm, BatchNorm1d and BatchNorm2d, LSTM, GRU, RNN and their cells, and
-    RMS norms and gated MLPs (SwiGLU, GEGLU) of Hugging Face models, which are checked on a probe input; of an MLP the
-    product between its linear layers is fused.
+    Known are torch's LayerNorm, RMSNorm, GroupNorm, BatchNorm1d and BatchNorm2d, LSTM, GRU, RNN and their cells,
+    MultiheadAttention, TransformerEncoderLayer and TransformerDecoderLayer, and RMS norms and gated MLPs (SwiGLU,
+    GEGLU) of Hugging Face models, which are checked on a probe input; of an MLP the product between its linear layers
+    is fused. The attention of Hugging Face models is chosen by them: see `fastdl.hf`.
     A layer that stands at several places has all their names: it is taken where one matches ``only`` and none matches
     ``exclude``. torch's TransformerEncoder and its layers lose their inference fast path when a layer inside is
     swapped, because it would not be called; what padded positions hold is then, as in training, not zero.
@@ -141,7 +142,7 @@ def accelerate(
     swapped = {module for module, _, _ in plans}
     for module in model.modules():
         slow = next((attributes for kind, attributes in _SLOW.items() if isinstance(module, kind)), None)
-        if slow and _MARK not in vars(module) and swapped & set(module.modules()):
+        if slow and _MARK not in vars(module) and module not in swapped and swapped & set(module.modules()):
             plans.append((module, type(module), slow))
     for module, kind, attributes in plans:
         _change(module, kind, attributes)

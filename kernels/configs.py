@@ -20,12 +20,14 @@ ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)  # compute capabilities that tool
 
 
 class Config(NamedTuple):
-    """rows: of the tile [rows, block]; programs: per multiprocessor, for kernels whose grid is the GPU's size."""
+    """rows: of the tile [rows, block]; programs: per multiprocessor, for kernels whose grid is the GPU's size; keys: of
+    the tile of scores [rows, keys], where block is the head's width."""
 
     rows: int
     num_warps: int
     num_stages: int = 1
     programs: int = 0
+    keys: int = 0
 
     @property
     def options(self) -> dict[str, int | bool]:
@@ -33,9 +35,69 @@ class Config(NamedTuple):
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
-def _each(name: str, table: dict[int, Config]) -> dict[str, dict[int, Config]]:
-    """The same table for the recurrent rooms."""
-    return {name.format(room): dict(table) for room in ("lstm", "gru", "rnn")}
+RECURRENT = ("lstm", "gru", "rnn")
+
+
+def _each(name: str, table: dict[int, Config], kinds: tuple[str, ...] = RECURRENT) -> dict[str, dict[int, Config]]:
+    """The same table for several kernels."""
+    return {name.format(kind): dict(table) for kind in kinds}
+
+
+# Attention: block is the wider of head_dim and d_v, a tile of scores is [rows, keys]. Accumulators, [rows, block] or in
+# the backward for keys and values twice [keys, block], are what fills the registers.
+_ATTENTION: dict[str, dict[int, Config]] = {
+    "attention_forward": {
+        32: Config(128, 4, 3, keys=64),
+        64: Config(128, 4, 3, keys=64),
+        128: Config(128, 8, 3, keys=64),
+        256: Config(64, 8, 2, keys=32),
+    },
+    "attention_backward_keys": {
+        32: Config(64, 4, 2, keys=64),
+        64: Config(32, 8, 2, keys=64),
+        128: Config(32, 8, 2, keys=64),
+        256: Config(32, 8, 2, keys=32),
+    },
+    "attention_backward_queries": {
+        32: Config(64, 4, 2, keys=64),
+        64: Config(128, 8, 3, keys=64),
+        128: Config(128, 8, 2, keys=64),
+        256: Config(32, 8, 2, keys=32),
+    },
+    # bias, mask, softcap, ALiBi and dropout take registers for every score
+    **_each(
+        "attention_{}",
+        {
+            32: Config(32, 4, keys=32),
+            64: Config(32, 4, keys=32),
+            128: Config(32, 8, keys=32),
+            256: Config(32, 8, keys=32),
+        },
+        ("forward_options", "backward_keys_options", "backward_queries_options", "dbias"),
+    ),
+    # both operands of a product lie in registers, a row of them whole
+    "attention_forward_float32": {
+        32: Config(32, 4, keys=32),
+        64: Config(32, 4, keys=32),
+        128: Config(32, 8, keys=32),
+        256: Config(16, 8, keys=32),
+    },
+    **_each(
+        "attention_{}_float32",
+        {
+            32: Config(32, 4, keys=32),
+            64: Config(32, 8, keys=32),
+            128: Config(16, 8, keys=16),
+            256: Config(16, 8, keys=16),
+        },
+        ("backward_keys", "backward_queries", "dbias"),
+    ),
+    **_each(
+        "attention_{}",
+        {32: Config(128, 4), 64: Config(64, 4), 128: Config(32, 4), 256: Config(16, 4)},
+        ("delta", "delta_float32"),
+    ),
+}
 
 
 _TABLE: dict[str, dict[int, Config]] = {
@@ -69,6 +131,15 @@ _TABLE: dict[str, dict[int, Config]] = {
     "activation_backward": {128: Config(8, 4, programs=8), 1024: Config(1, 4, programs=8)},
     "activation_glu": {128: Config(8, 4, programs=16), 1024: Config(1, 4, programs=16)},
     "activation_sums": {128: Config(32, 4)},
+    # rows: positions; the width is pairs of a head, 8 of them a thread
+    "rope_turn": {
+        16: Config(64, 4, programs=8),
+        32: Config(32, 4, programs=8),
+        64: Config(16, 4, programs=8),
+        128: Config(8, 4, programs=8),
+    },
+    "position_forward": {128: Config(8, 4, programs=8), 1024: Config(1, 4, programs=8)},
+    "position_backward": {128: Config(8, 4), 512: Config(4, 4)},  # rows: tokens that are added at once
     "group_norm_moments": {256: Config(1, 1), 1024: Config(1, 4), 4096: Config(1, 8)},
     "group_norm_apply": {256: Config(1, 1), 1024: Config(1, 4), 4096: Config(1, 8)},
     "group_norm_sums": {64: Config(16, 4), 256: Config(4, 4), 1024: Config(1, 4)},
@@ -97,13 +168,27 @@ _TABLE: dict[str, dict[int, Config]] = {
     "selective_scan_forward": {32: Config(16, 1)},  # rows: states, for which the warps are; more states, more warps
     "selective_scan_backward": {32: Config(16, 1)},
     "linear_scan_carry": {256: Config(1, 1)},
+    **_ATTENTION,
+    "additive_attention_forward": {32: Config(16, 4)},  # block: keys of a tile, rows: hidden units
+    "additive_attention_backward": {32: Config(16, 4)},
+    "additive_attention_merge": {128: Config(1, 1)},
+    "additive_attention_finish": {256: Config(1, 1)},
 }
 
-# Where a class of architectures departs from the table.
+# Where a class of architectures departs from the table. Interpreted: tiles so small that tests have several of them.
 _CLASSES = {75: "turing", 80: "ampere", 89: "ada", 90: "hopper", 100: "blackwell", 120: "blackwell"}  # from cc on
 _DEPARTURES: dict[str, dict[tuple[str, int], Config]] = {
-    # 12 registers a thread more than the others
+    "interpreted": {(name, block): Config(32, 1, keys=16) for name, table in _ATTENTION.items() for block in table},
+    # 12 registers a thread more than the others; attention's products of 16 bits are sums in registers, as of float32
     "turing": {
+        **{
+            (name.replace("_float32", kind), block): found
+            for name, table in _ATTENTION.items()
+            for block, found in table.items()
+            for kind in ("", "_options", "_float32")
+            if name.endswith("_float32") and name.replace("_float32", kind) in _ATTENTION
+        },
+        **{(f"attention_backward_keys{k}", 256): Config(16, 8, keys=8) for k in ("", "_options", "_float32")},
         ("norm_backward", 1024): Config(1, 4, programs=5),
         ("norm_backward", 2048): Config(1, 8, programs=2),
     },
@@ -126,7 +211,7 @@ def config(kernel: str, cc: int | None, block: int) -> Config:
         return _overrides[key]
     if name is not None and key in TUNED.get(name, {}):
         return Config(*TUNED[name][key])
-    return _DEPARTURES.get(name or "", {}).get(key) or _TABLE[kernel][block]
+    return _DEPARTURES.get(name or "interpreted", {}).get(key) or _TABLE[kernel][block]
 
 
 @contextlib.contextmanager

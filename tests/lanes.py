@@ -63,9 +63,13 @@ class Lane:
 only_levels: list[str] = []  # caps that --levels asked for; all when empty
 # Caps that give some rooms no other kernel than the cap below: CMakeLists.txt compiles them per kind of vectors.
 SAME_KERNELS = {
-    **dict.fromkeys(("norm", "group_norm", "batch_norm", "activation"), ("avx2", "amx-twin", "amx")),
-    **dict.fromkeys(("linear_scan", "selective_scan", "attention_decode"), ("avx2", "amx-twin", "amx")),
-    **dict.fromkeys(("additive_attention", "attention"), ("avx2", "amx-twin", "amx")),
+    **dict.fromkeys(
+        ("norm", "group_norm", "batch_norm", "activation", "rope", "position"), ("avx2", "amx-twin", "amx")
+    ),
+    **dict.fromkeys(
+        ("linear_scan", "selective_scan", "attention", "attention_decode", "additive_attention"),
+        ("avx2", "amx-twin", "amx"),
+    ),
     **dict.fromkeys(("lstm", "gru", "rnn"), ("avx2",)),  # their products use tiles
 }
 

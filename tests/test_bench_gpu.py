@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))  # bench/ is not installed
 
-from bench import accuracy, gpu, hardware, norm_gpu, recurrent_gpu, report, results, rooms_gpu, timing  # noqa: E402
+from bench import accuracy, attention_gpu, gpu, hardware, norm_gpu, recurrent_gpu, report, results, rooms_gpu, timing  # noqa: E402
 
 GPU = {"model": "NVIDIA H100 80GB HBM3", "gpu": True}
 CPU = {"model": "Some CPU 7", "best_level": "avx512", "cores": 2, "flags": []}
@@ -85,6 +85,20 @@ def test_record_and_table_of_lstm(kind, tmp_path):
     row = next(line for line in text.splitlines() if line.startswith("| on a GPU: LSTM forward"))
     assert "T 5, batch 3, hidden 16, bf16, over cuDNN | 1.2 × | 2.0 × | 1.00 × (1.00 to 1.00) (torch): MISSED" in row
     assert report.recurrent_table(results.load_all(tmp_path)).count("NVIDIA H100") == 1
+
+
+@pytest.mark.parametrize("kind", attention_gpu.KINDS)
+def test_record_of_attention(kind, monkeypatch):
+    monkeypatch.setattr(attention_gpu, "PEERS", {**attention_gpu.PEERS, "SDPA math": attention_gpu.SDPBackend.MATH})
+    shape = (2, 3, 20, 16)
+    options = {"device": "cpu", "backends": ("torch",), "seconds_per_call": timer()}
+    record = attention_gpu.measure(kind, shape, 1, 1e-3, **options)
+    assert "fastdl torch" in record["sides"] and record["best_peer"] in record["sides"]
+    assert any(text.startswith("SDPA cuDNN: ") for text in record["missing"])
+    side = record["sides"]["fastdl torch"]
+    products = attention_gpu.PRODUCTS[kind] * 2 * 6 * 210 * 16
+    assert side["tflops"] == pytest.approx(products / 2e-6 / 1e12, rel=1e-3)
+    assert side["relative_error"] <= gpu.ALLOWED and record["best_peer"] in side["speedup_over"]
 
 
 def test_the_larger_copy_is_the_limit(eager_compile):

@@ -109,11 +109,14 @@ def test_swap_and_wrap(native, alone, wrap, first):
     else:
         wrapped = WRAPS[wrap](model)
         report = fastdl.accelerate(wrapped)
-    left = {layer.reason for layer in report.left}
+    # fully_shard gives what it wraps a class of its own, which is then not known; what is inside is swapped.
+    left = {layer.reason.split(" that")[0] for layer in report.left}
+    expected = set()
+    if first == "wrap" and wrap.startswith("fully_shard"):
+        expected.add("FSDPTransformerEncoderLayer is a subclass")
     if first == "wrap" and wrap == "fully_shard of a norm":
-        assert len(report.swapped) == 4 and "FSDPLayerNorm is a subclass" in left.pop()
-    else:
-        assert len(report.swapped) == 5 and not left
+        expected.add("FSDPLayerNorm is a subclass")
+    assert left == expected and len(report.swapped) == 9 - len(report.left)
     torch.testing.assert_close(losses(wrapped, x, target), losses(encoder(), x, target), rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         expected = wrapped.eval()(x)

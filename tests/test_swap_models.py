@@ -191,25 +191,30 @@ def test_transformer_encoder_in_eval(native, mode, norm_first):
             assert torch.equal(model(x, src_key_padding_mask=mask), before)
 
 
+@pytest.mark.parametrize("only", ["*norm*", None], ids=["norms", "all"])
 @pytest.mark.parametrize("norm_first", [False, True], ids=["post-norm", "pre-norm"])
-def test_transformer_encoder_training(native, norm_first):
+def test_transformer_encoder_training(native, norm_first, only):
+    """With dropout where torch's modules draw it; swapped whole layers draw other elements, and are trained without."""
     x = torch.randn(6, 9, 48)
     target = x.roll(1, dims=-1)
 
     def losses(swap):
-        model = encoder(norm_first=norm_first, dropout=0.1).train()
+        model = encoder(norm_first=norm_first, dropout=0.1 if only else 0.0).train()
 
         def step(at):
             torch.manual_seed(at)
             return (model(x) - target).square().mean()
 
-        swap_in = (lambda: fastdl.accelerate(model)) if swap else None
+        swap_in = (lambda: fastdl.accelerate(model, only=only)) if swap else None
         return train(step, model.parameters(), swap_in, optimizer=torch.optim.AdamW, lr=3e-3)
 
     plain = losses(False)
     with FusedCalls() as fused:
         ours = losses(True)
     assert fused.calls["norm_forward"] == fused.calls["norm_backward"] == 7 * STEPS
+    attended = 0 if only else 3 * STEPS
+    assert fused.calls["attention_forward"] == fused.calls["attention_backward"] == attended
+    assert fused.calls["activation_forward"] == attended
     assert plain[-1] < 0.8 * plain[0]
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(plain), rtol=1e-4, atol=1e-5)
 

@@ -135,7 +135,13 @@ def test_parametrized_after_the_swap():
     torch.testing.assert_close(layer(x)[0], expected)
 
 
-def test_transformers_are_left_alone():
+def test_transformers_are_not_recurrent():
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 1)
     report = fastdl.accelerate(model, only="layers.0.norm1", backend="torch")
-    assert [y.kind for y in report.layers] == ["LayerNorm", "LayerNorm"]
+    assert [y.kind for y in report.layers] == [
+        "TransformerEncoderLayer",
+        "MultiheadAttention",
+        "LayerNorm",
+        "LayerNorm",
+    ]
+    assert [y.name for y in report.swapped] == ["layers.0.norm1"]

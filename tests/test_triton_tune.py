@@ -76,6 +76,8 @@ def test_candidates_keep_what_the_kernel_does_not_choose(tool):
         assert c.rows == 1 and c.programs == 0
     found = tool.candidates(Config(8, 4, programs=16))
     assert Config(16, 8, programs=32) in found and Config(8, 4, programs=16) not in found
+    found = tool.candidates(Config(64, 4, 2, keys=64))
+    assert Config(128, 8, 2, keys=32) in found and all(c.keys in (32, 64, 128) for c in found)
 
 
 def test_writes_the_table(tool, tmp_path):
@@ -87,8 +89,8 @@ def test_writes_the_table(tool, tmp_path):
     tool.write(path, "ada", {("norm_backward", 64): Config(8, 4, programs=2)}, "NVIDIA L4")
     namespace = {}
     exec(path.read_text(), namespace)
-    assert namespace["TUNED"]["hopper"]["norm_forward", 4096] == (1, 16, 1, 0)
-    assert namespace["TUNED"]["ada"]["norm_backward", 64] == (8, 4, 1, 2)
+    assert namespace["TUNED"]["hopper"]["norm_forward", 4096] == (1, 16, 1, 0, 0)
+    assert namespace["TUNED"]["ada"]["norm_backward", 64] == (8, 4, 1, 2, 0)
     assert "hopper: NVIDIA H100" in namespace["__doc__"] and "Nothing has been tuned" not in namespace["__doc__"]
 
 

@@ -144,6 +144,49 @@ def activation(device: str) -> int:
     return number
 
 
+def rope(device: str) -> int:
+    """q and k in both pairings, contiguous and strided, by vectors and by elements, every kind of positions."""
+    number = 0
+    shapes = ((0, 2, 3, 8), (1, 1, 1, 2), (2, 3, 5, 33), (2, 9, 70, 64), (1, 4, 3, 128), (1, 2, 3, 1040))
+    dtypes = (torch.float32, torch.bfloat16)
+    for shape, pairs, kind, dtype in itertools.product(shapes, ("interleaved", "half"), range(3), dtypes):
+
+        def run(backend, shape=shape, pairs=pairs, kind=kind, dtype=dtype):
+            batch, heads, n, head_dim = shape
+            q = torch.randn(batch, n, heads, head_dim, device=device).to(dtype).transpose(1, 2)
+            k = torch.randn(batch, 2, n, head_dim, device=device).to(dtype)
+            table = ops.rope_table(head_dim // 4 * 2 or 2, 10000.0, n + 4).to(device)
+            positions = (2, *(torch.randint(n + 4, size, device=device) for size in ((n,), (batch, n))))[kind]
+            leaves = [t.requires_grad_() for t in (q, k)]
+            found = ops.rope_qk(q, k, table, pairs=pairs, positions=positions, backend=backend)
+            return *found, *torch.autograd.grad(found, leaves, [torch.ones_like(t) for t in found])
+
+        compare(f"rope {shape} {pairs} {dtype}", run, 1e-4 if dtype == torch.float32 else 5e-2)
+        number += 1
+    return number
+
+
+def position(device: str) -> int:
+    """Every kind of positions, with and without dropout; narrow and wide rows, many tokens at a position."""
+    number = 0
+    shapes = ((0, 3, 8), (1, 1, 1), (3, 7, 33), (70, 2, 16), (2, 5, 1100))
+    dtypes = (torch.float32, torch.bfloat16)
+    for shape, kind, extras, dtype in itertools.product(shapes, range(3), (False, True), dtypes):
+
+        def run(backend, shape=shape, kind=kind, extras=extras, dtype=dtype):
+            x, grad = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+            table = torch.randn(9, shape[-1], device=device)
+            positions = (1, *(torch.randint(9, size, device=device) for size in (shape[1:2], shape[:2])))[kind]
+            leaves = [t.requires_grad_() for t in ((x, table) if extras else (x,))]
+            options = {"dropout_p": 0.3} if extras else {}
+            y = ops.add_positions(x, table, scale=2.0, positions=positions, backend=backend, **options)
+            return gradients(y, leaves, grad)
+
+        compare(f"add_positions {shape} {dtype}", run, 1e-4 if dtype == torch.float32 else 5e-2)
+        number += 1
+    return number
+
+
 def recurrent(room: str, device: str) -> int:
     """The step loop with and without layer norm, and the kernel that stays for the whole sequence; both directions."""
     number, gates = 0, {"lstm": 4, "gru": 3, "rnn": 1}[room]
@@ -225,16 +268,58 @@ def selective_scan(device: str) -> int:
     return number
 
 
+def attention(device: str) -> int:
+    """Plain, with every option, and packed; each width of kernel, aligned rows and odd ones, no queries, no keys."""
+    number = 0
+    shapes = (  # batch, heads, kv_heads, n_q, n_k, head_dim, d_v
+        (2, 2, 1, 0, 3, 16, 16), (1, 2, 2, 3, 0, 16, 16), (1, 1, 1, 1, 2, 1, 1), (2, 4, 2, 35, 70, 32, 24),
+        (1, 2, 1, 70, 40, 64, 64), (1, 2, 1, 33, 66, 80, 127), (1, 1, 1, 20, 37, 256, 256),
+    )  # fmt: skip
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    for shape, way, dtype in itertools.product(shapes, ("plain", "options", "packed"), dtypes):
+        if way == "packed" and (shape[0] > 1 or 0 in shape):
+            continue
+
+        def run(backend, shape=shape, way=way, dtype=dtype):
+            batch, heads, kv_heads, n_q, n_k, head_dim, d_v = shape
+
+            def rows(heads, length, width):  # heads inside the length, as a projection leaves them
+                return torch.randn(batch, length, heads, width, device=device).to(dtype).transpose(1, 2)
+
+            leaves = [rows(heads, n_q, head_dim), rows(kv_heads, n_k, head_dim), rows(kv_heads, n_k, d_v)]
+            leaves = [t.detach().requires_grad_() for t in leaves]
+            options = {"causal": way == "plain"}
+            if way == "options":
+                leaves.append(torch.randn(1, heads, n_q, n_k, device=device).to(dtype).requires_grad_())
+                options = {
+                    "bias": leaves[3], "mask": torch.rand(batch, 1, 1, n_k, device=device) > 0.2, "softcap": 5.0,
+                    "valid_lens": torch.randint(0, n_k + 1, (batch, n_q), device=device), "window": (40, 3),
+                    "alibi_slopes": torch.rand(heads, device=device), "dropout_p": 0.2,
+                }  # fmt: skip
+            if way == "packed":
+                for name, total in (("cu_seqlens_q", n_q), ("cu_seqlens_k", n_k)):
+                    options[name] = torch.tensor([0, total // 3, total // 3, total], device=device)
+            y, lse = ops.attention(*leaves[:3], **options, return_lse=True, backend=backend)
+            return lse, *gradients(y, leaves, rows(heads, n_q, d_v))
+
+        compare(f"attention {shape} {way} {dtype}", run, 1e-3 if dtype == torch.float32 else 5e-2)
+        number += 1
+    return number
+
+
 CASES: dict[str, Callable[[str], int]] = {  # room -> function(device), returns how many cases it ran
     "norm": norm,
     "group_norm": group_norm,
     "batch_norm": batch_norm,
     "activation": activation,
+    "rope": rope,
+    "position": position,
     "lstm": functools.partial(recurrent, "lstm"),
     "gru": functools.partial(recurrent, "gru"),
     "rnn": functools.partial(recurrent, "rnn"),
     "linear_scan": linear_scan,
     "selective_scan": selective_scan,
+    "attention": attention,
 }
 
 

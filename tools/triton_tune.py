@@ -4,9 +4,9 @@
     python tools/triton_tune.py --room norm --write    and writes it
 
 Opt-in: nothing in fastdl times kernels by itself. For every kernel and tile that a room's work (WORK) launches, the
-neighbours of its configuration are tried: tiles of half and twice the rows, 1 to 32 warps, half to four times the
-programs. A candidate is timed only if its results agree with the torch back end, and taken when it is at least 3 %
-faster. Test: pytest tests/test_triton_tune.py
+neighbours of its configuration are tried: tiles of half and twice the rows or keys, 1 to 32 warps, half to four
+times the programs. A candidate is timed only if its results agree with the torch back end, and taken when it is at
+least 3 % faster. Test: pytest tests/test_triton_tune.py
 """
 
 from __future__ import annotations
@@ -74,12 +74,28 @@ def image_work(function: str, device: str, shapes: Sequence[Sequence[int]]) -> I
         yield f"{function} {list(shape)}", with_gradients(group if function == "group_norm" else batch, x, weight, bias)
 
 
+def attention_work(device: str, shapes: Sequence[Sequence[int]]) -> Iterator[tuple[str, Work]]:
+    """Shapes: batch, heads, kv_heads, length, head_dim. Alone and with a bias: other kernels of the table."""
+    for shape in shapes:
+        batch, heads, groups, length, d = shape
+        sizes = ((batch, n, length, d) for n in (heads, groups, groups))
+        q, k, v = (torch.randn(size, device=device).to(torch.bfloat16) for size in sizes)
+        bias = torch.randn(1, heads, length, length, device=device).to(torch.bfloat16)
+
+        def causal(q, k, v, bias=None, *, backend):
+            return ops.attention(q, k, v, causal=True, bias=bias, backend=backend)
+
+        yield f"attention {list(shape)}", with_gradients(causal, q, k, v)
+        yield f"attention with a bias {list(shape)}", with_gradients(causal, q, k, v, bias)
+
+
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 IMAGES = ((32, 64, 112, 112), (32, 256, 56, 56), (32, 512, 28, 28), (32, 1024, 14, 14), (32, 2048, 7, 7))
 WORK: dict[str, Callable[[str], Iterator[tuple[str, Work]]]] = {
     "norm": lambda device: norm_work(device, 8192, WIDTHS),
     "activation": lambda device: activation_work(device, 8192, (128, 4096)),
     "group_norm": lambda device: image_work("group_norm", device, IMAGES),
+    "attention": lambda device: attention_work(device, [(2, 16, 8, 2048, d) for d in (32, 64, 128, 256)]),
     "batch_norm": lambda device: image_work("batch_norm", device, IMAGES),
 }
 
@@ -108,8 +124,9 @@ def candidates(present: Config) -> list[Config]:
     """Neighbours of a configuration; what is 1 or 0 because the kernel has no such choice stays."""
     rows = {present.rows} if present.rows == 1 else {present.rows // 2, present.rows, present.rows * 2}
     programs = {present.programs} | {present.programs * k // 2 for k in (1, 4, 8) if present.programs}
-    found = itertools.product(sorted(rows), (1, 2, 4, 8, 16, 32), sorted(programs - {0} or {0}))
-    return [c for r, w, p in found if (c := Config(r, w, present.num_stages, p)) != present]
+    keys = {present.keys // 2, present.keys, present.keys * 2}
+    found = itertools.product(sorted(rows), (1, 2, 4, 8, 16, 32), sorted(programs - {0} or {0}), sorted(keys))
+    return [c for r, w, p, k in found if (c := Config(r, w, present.num_stages, p, k)) != present]
 
 
 def agrees(work: Work, exact: Sequence[Tensor]) -> bool:
@@ -155,7 +172,7 @@ def write(path: Path, architecture: str, found: dict[tuple[str, int], Config], d
     head = head.replace("Nothing has been tuned yet.\n", "")
     line = f"    {architecture}: {device}\n"
     head = head if line in head else head.replace('"""\n\nfrom', f'{line}"""\n\nfrom')
-    lines = ["TUNED: dict[str, dict[tuple[str, int], tuple[int, int, int, int]]] = {"]
+    lines = ["TUNED: dict[str, dict[tuple[str, int], tuple[int, int, int, int, int]]] = {"]
     for name, entries in sorted(table.items()):
         lines += [f'    "{name}": {{']
         lines += [f'        ("{kernel}", {block}): {value},' for (kernel, block), value in sorted(entries.items())]

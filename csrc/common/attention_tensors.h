@@ -60,7 +60,7 @@ struct AttentionTensors {
   int64_t sequences;  // packed one after the other; 0: not packed
   HeadRows q, k, v;
   ScoreTerm bias, mask;
-  bool bias_is_float = false;    // float32, whatever q is
+  bool bias_is_float = false;  // float32, whatever q is
   OptionalTensor lens_memory;
   const int32_t* lens = nullptr;  // [B], or [B, n_q] with lens_of_rows
   bool lens_of_rows = false;
@@ -85,7 +85,7 @@ struct AttentionTensors {
             "k, v: expected [batch, kv_heads, n_k, *] in the dtype of q");
     check(k_.size(3) == head_dim && head_dim > 0 && d_v > 0, "k: expected the head_dim of q");
     check(kv_heads > 0 && heads % kv_heads == 0, "k: expected heads that divide those of q");
-    check(n_q < (1 << 30) && n_k < (1 << 30), "q, k: expected a length below 2^30");
+    check(n_q < (1 << 29) && n_k < (1 << 29), "q, k: expected a length below 2^29");  // positions plus windows are ints
     const int64_t scores[4] = {batch, heads, n_q, n_k};
     if (bias_) {
       const char* message = "bias: expected the dtype of q or float32, broadcastable to [batch, heads, n_q, n_k]";

@@ -16,7 +16,19 @@ inline std::vector<int64_t> shape_of(const Tensor& x) {
   return {sizes.begin(), sizes.end()};
 }
 
-// A contiguous tensor on x's device, without the dispatcher that torch::stable::new_empty goes through: 0.3 instead of 1 us.
+// A tensor on x's device, without the dispatcher that torch::stable::new_empty goes through: 0.3 instead of 1 us.
+inline Tensor new_strided(const Tensor& x, int64_t dims, const int64_t* shape, const int64_t* strides,
+                          ScalarType dtype) {
+  int32_t device = 0;
+  aoti_torch_get_device_type(x.get(), &device);
+  AtenTensorHandle handle = nullptr;
+  check(aoti_torch_empty_strided(dims, shape, strides,
+                                 torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device,
+                                 x.get_device_index(), &handle) == 0,
+        "out of memory");
+  return Tensor(handle);
+}
+
 inline Tensor new_tensor(const Tensor& x, const std::vector<int64_t>& shape, ScalarType dtype) {
   const auto dims = static_cast<int64_t>(shape.size());
   int64_t strides[64];
@@ -25,14 +37,7 @@ inline Tensor new_tensor(const Tensor& x, const std::vector<int64_t>& shape, Sca
     strides[d] = step;
     step *= shape[static_cast<size_t>(d)] > 0 ? shape[static_cast<size_t>(d)] : 1;
   }
-  int32_t device = 0;
-  aoti_torch_get_device_type(x.get(), &device);
-  AtenTensorHandle handle = nullptr;
-  check(aoti_torch_empty_strided(dims, shape.data(), strides,
-                                 torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device,
-                                 x.get_device_index(), &handle) == 0,
-        "out of memory");
-  return Tensor(handle);
+  return new_strided(x, dims, shape.data(), strides, dtype);
 }
 
 inline Tensor as_contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }

@@ -86,6 +86,8 @@ FASTDL_INLINE void vtranspose(vf r[8]) {
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) r[i] = t[i];
 }
+// The two floats of each pair exchanged.
+FASTDL_INLINE vf vswap_pairs(vf a) { return _mm256_permute_ps(a, 0xb1); }
 FASTDL_INLINE vf vpair_bf16_lo(vb a) { return _mm256_castsi256_ps(_mm256_slli_epi32(a, 16)); }
 FASTDL_INLINE vf vpair_bf16_hi(vb a) {
   return _mm256_castsi256_ps(_mm256_and_si256(a, _mm256_set1_epi32((int)0xffff0000)));

@@ -93,6 +93,8 @@ FASTDL_INLINE void vtranspose(vf r[16]) {
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) r[i] = t[i];
 }
+// The two floats of each pair exchanged.
+FASTDL_INLINE vf vswap_pairs(vf a) { return _mm512_permute_ps(a, 0xb1); }
 // Lane r of a pair vector holds two 16-bit values; these take the lower or upper one to float32.
 FASTDL_INLINE vf vpair_bf16_lo(vb a) { return _mm512_castsi512_ps(_mm512_slli_epi32(a, 16)); }
 FASTDL_INLINE vf vpair_bf16_hi(vb a) {

@@ -91,6 +91,12 @@ FASTDL_INLINE void vtranspose(vf r[LANES]) {
       r[j][i] = x;
     }
 }
+// The two floats of each pair exchanged.
+FASTDL_INLINE vf vswap_pairs(vf a) {
+  vf r;
+  for (int i = 0; i < LANES; ++i) r[i] = a[i ^ 1];
+  return r;
+}
 FASTDL_INLINE vf vpair_bf16_lo(vb a) { return (vf)((vu)a << 16); }
 FASTDL_INLINE vf vpair_bf16_hi(vb a) { return (vf)((vu)a & 0xffff0000u); }
 FASTDL_INLINE vf halves_to_float(vu a) {

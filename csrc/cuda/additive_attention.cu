@@ -48,8 +48,8 @@ Additive<T> plan(const AdditiveTensors& t, const Tensor& q, int64_t least_keys, 
   float* const w = take(t.hidden);
   for_float_type(t.w, "w", [&](auto type) {
     using W = decltype(type);
-    check_launch("additive_attention", launch(additive_floats<W>, additive_blocks(t.hidden, 128), dim3(128), 0, stream,
-                                              static_cast<const W*>(t.w.const_data_ptr()), w, t.hidden));
+    check_launch("additive_attention", launch(additive_attention_floats<W>, additive_blocks(t.hidden, 128), dim3(128),
+                                              0, stream, static_cast<const W*>(t.w.const_data_ptr()), w, t.hidden));
   });
   a.w = w;
   check_launch("additive_attention", additive_prepare_launch(a, stream));

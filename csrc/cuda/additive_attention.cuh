@@ -2,14 +2,14 @@
 //
 //   s_ij = sum_h w_h tanh(q_ih + k_jh),   out_i = sum_j softmax_j(s_ij) v_j,   or the scores' log-softmax
 //
-// Method: exp(2q) and exp(2k) are computed once (additive_prepare), so that tanh(q + k) = n / (n + 2), n = exp(2q) exp(2k) - 1,
+// Method: exp(2q) and exp(2k) are computed once (additive_attention_prepare), so that tanh(q + k) = n / (n + 2), n = exp(2q) exp(2k) - 1,
 // takes one reciprocal of the special function unit (16 a clock and multiprocessor) and five multiply-adds and additions
 // (128 a clock); the score is one more. That unit bounds it: 16 elements of [queries, keys, hidden] a clock and
 // multiprocessor; tanhf takes two of its operations and some 20 others. Small keys and wide ranges have ways of their own,
 // chosen by the largest |q| of the query and |k| of the tile, as in csrc/cpu/additive_tile.h.
 // A block has 16 queries, 4 a warp, and tiles of 32 keys, one a lane, so that no score is summed across lanes; hidden
 // units pass through shared memory 32 at a time. Keys are cut into chunks by their number alone; the state of each
-// (largest score, sum of exponentials, sum of values) goes to memory and `additive_merge` puts them together.
+// (largest score, sum of exponentials, sum of values) goes to memory and `additive_attention_merge` puts them together.
 //
 // Test: pytest tests/test_additive_attention.py
 #pragma once
@@ -84,8 +84,8 @@ __device__ __forceinline__ float warp_max(float v) {
 
 // A warp a row of q or k.
 template <class T>
-__global__ void __launch_bounds__(128)
-    additive_prepare(AdditiveRows<T> x, AdditiveExponentials to, int64_t batch, int64_t rows, int64_t hidden) {
+__global__ void __launch_bounds__(128) additive_attention_prepare(AdditiveRows<T> x, AdditiveExponentials to,
+                                                                  int64_t batch, int64_t rows, int64_t hidden) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * 4 + threadIdx.x / 32;
   if (index >= batch * rows) return;  // a whole warp, and no block barrier here
   const T* const from = x.at(index / rows, index % rows);
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(128)
 }
 
 template <class T>
-__global__ void __launch_bounds__(128) additive_floats(const T* from, float* to, int64_t count) {
+__global__ void __launch_bounds__(128) additive_attention_floats(const T* from, float* to, int64_t count) {
   const int64_t at = static_cast<int64_t>(blockIdx.x) * 128 + threadIdx.x;
   if (at < count) to[at] = to_float(from[at]);
 }
@@ -222,7 +222,7 @@ __device__ __forceinline__ void additive_scores(const Additive<T>& a, AdditiveSh
 
 // Grid (blocks of 16 queries, chunks, batch).
 template <class T>
-__global__ void __launch_bounds__(kAdditiveThreads) additive_forward(const Additive<T> a) {
+__global__ void __launch_bounds__(kAdditiveThreads) additive_attention_forward_tiles(const Additive<T> a) {
   FASTDL_SHARED(AdditiveShared, s, [1]);
   FASTDL_SHARED(float, weights, [kAdditiveQueries][kAdditiveKeys]);
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
@@ -289,7 +289,7 @@ __global__ void __launch_bounds__(kAdditiveThreads) additive_forward(const Addit
 
 // The chunks of a row together; a warp a row.
 template <class T>
-__global__ void __launch_bounds__(128) additive_merge(const Additive<T> a) {
+__global__ void __launch_bounds__(128) additive_attention_merge(const Additive<T> a) {
   const int64_t rows = a.batch * a.queries, row = static_cast<int64_t>(blockIdx.x) * 4 + threadIdx.x / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   if (row >= rows) return;  // a whole warp, and no block barrier here
@@ -323,11 +323,11 @@ inline dim3 additive_blocks(int64_t count, int each) { return dim3(static_cast<u
 
 template <class T>
 cudaError_t additive_prepare_launch(const Additive<T>& a, cudaStream_t stream) {
-  const cudaError_t error = launch(additive_prepare<T>, additive_blocks(a.batch * a.queries, 4), dim3(128), 0, stream,
-                                   a.q, a.q_e, a.batch, a.queries, a.hidden);
+  const cudaError_t error = launch(additive_attention_prepare<T>, additive_blocks(a.batch * a.queries, 4), dim3(128), 0,
+                                   stream, a.q, a.q_e, a.batch, a.queries, a.hidden);
   if (error != cudaSuccess || a.keys == 0) return error;
-  return launch(additive_prepare<T>, additive_blocks(a.batch * a.keys, 4), dim3(128), 0, stream, a.k, a.k_e, a.batch,
-                a.keys, a.hidden);
+  return launch(additive_attention_prepare<T>, additive_blocks(a.batch * a.keys, 4), dim3(128), 0, stream, a.k, a.k_e,
+                a.batch, a.keys, a.hidden);
 }
 
 // After additive_prepare_launch.
@@ -335,9 +335,9 @@ template <class T>
 cudaError_t additive_forward_launch(const Additive<T>& a, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>((a.queries + kAdditiveQueries - 1) / kAdditiveQueries),
                   static_cast<unsigned>(a.chunks), static_cast<unsigned>(a.batch));
-  const cudaError_t error = launch(additive_forward<T>, grid, dim3(kAdditiveThreads), 0, stream, a);
+  const cudaError_t error = launch(additive_attention_forward_tiles<T>, grid, dim3(kAdditiveThreads), 0, stream, a);
   if (error != cudaSuccess) return error;
-  return launch(additive_merge<T>, additive_blocks(a.batch * a.queries, 4), dim3(128), 0, stream, a);
+  return launch(additive_attention_merge<T>, additive_blocks(a.batch * a.queries, 4), dim3(128), 0, stream, a);
 }
 
 }  // namespace fastdl::cuda

@@ -7,7 +7,7 @@
 // 16 at a time. First the scores, as in the forward, with a key a lane; then p and ds in shared memory; then tanh again,
 // with a hidden unit a thread, which adds up dk and dw without crossing lanes and dq of the chunk. So forward and backward
 // take three tanh an element; the tile of tanh would not fit in shared memory beside enough blocks. dk and dv of the
-// chunk are this block's alone; dq and dw are summed over chunks, in order, by additive_finish.
+// chunk are this block's alone; dq and dw are summed over chunks, in order, by additive_attention_finish.
 //
 // Test: pytest tests/test_additive_attention.py
 #pragma once
@@ -159,7 +159,7 @@ __device__ __forceinline__ void additive_derivative(const Additive<T>& a, const 
 
 // Grid (chunks, batch).
 template <class T>
-__global__ void __launch_bounds__(kAdditiveThreads) additive_backward(const Additive<T> a) {
+__global__ void __launch_bounds__(kAdditiveThreads) additive_attention_backward_tiles(const Additive<T> a) {
   FASTDL_SHARED(AdditiveBackwardShared, s, [1]);
   const int64_t n = blockIdx.y, begin = blockIdx.x * a.chunk;
   const int64_t end = begin + a.chunk < a.keys ? begin + a.chunk : a.keys;
@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(kAdditiveThreads) additive_backward(const Addi
 
 // row_sums of the pointer's gradient; a warp a row.
 template <class T>
-__global__ void __launch_bounds__(128) additive_row_sums(const Additive<T> a) {
+__global__ void __launch_bounds__(128) additive_attention_row_sums(const Additive<T> a) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * 4 + threadIdx.x / 32, n = row / a.queries, i = row % a.queries;
   if (row >= a.batch * a.queries) return;  // a whole warp, and no block barrier here
   float sum = 0.0f;
@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(128) additive_row_sums(const Additive<T> a) {
 // to [rows][cols] = w * the sum over parts [parts][rows][cols], in order; w null: 1.
 template <class T>
 __global__ void __launch_bounds__(128)
-    additive_finish(const float* parts, const float* w, int64_t count, int64_t rows, int64_t cols, T* to) {
+    additive_attention_finish(const float* parts, const float* w, int64_t count, int64_t rows, int64_t cols, T* to) {
   const int64_t at = static_cast<int64_t>(blockIdx.x) * 128 + threadIdx.x;
   if (at >= rows * cols) return;
   float sum = parts[at];
@@ -222,16 +222,17 @@ template <class T>
 cudaError_t additive_backward_launch(const Additive<T>& a, cudaStream_t stream) {
   const dim3 threads(128);
   cudaError_t error = cudaSuccess;
-  if (!a.v.data) error = launch(additive_row_sums<T>, additive_blocks(a.batch * a.queries, 4), threads, 0, stream, a);
+  if (!a.v.data)
+    error = launch(additive_attention_row_sums<T>, additive_blocks(a.batch * a.queries, 4), threads, 0, stream, a);
   if (error != cudaSuccess) return error;
   const dim3 grid(static_cast<unsigned>(a.chunks), static_cast<unsigned>(a.batch));
-  error = launch(additive_backward<T>, grid, dim3(kAdditiveThreads), 0, stream, a);
+  error = launch(additive_attention_backward_tiles<T>, grid, dim3(kAdditiveThreads), 0, stream, a);
   if (error != cudaSuccess) return error;
   const auto finish = [&](const float* parts, const float* w, int64_t count, int64_t rows, int64_t cols, auto* to) {
     using To = std::remove_pointer_t<decltype(to)>;
     if (error == cudaSuccess)
-      error = launch(additive_finish<To>, additive_blocks(rows * cols, 128), threads, 0, stream, parts, w, count, rows,
-                     cols, to);
+      error = launch(additive_attention_finish<To>, additive_blocks(rows * cols, 128), threads, 0, stream, parts, w,
+                     count, rows, cols, to);
   };
   finish(a.dq_parts, a.w, a.chunks, a.batch * a.queries, a.hidden, a.dq);
   finish(a.dk_sum, a.w, 1, a.batch * a.keys, a.hidden, a.dk);

@@ -125,6 +125,23 @@ __device__ __forceinline__ void mma_m16n8k32_s8(int (&d)[4], const uint32_t (&a)
 #endif
 }
 
+// 2^x to 2 ulp; denormal results are 0.
+__device__ __forceinline__ float exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Two numbers rounded to nearest, the first in the lower half.
+__device__ __forceinline__ uint32_t pack_f16(float first, float second) {
+  const __half2 pair = __floats2half2_rn(first, second);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+__device__ __forceinline__ uint32_t pack_bf16(float first, float second) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
 // All threads of a cooperative launch meet. `arrived` is a counter in global memory, 0 before the first launch that uses
 // it and left as it was found: block 0 adds 2^31 - (blocks - 1), the others 1, so that the sum of one meeting flips the
 // top bit, which everybody waits for.

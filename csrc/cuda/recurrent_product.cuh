@@ -7,18 +7,11 @@
 // holds a row, and its sums of all columns in registers; with fewer than 32 rows lanes share a row's depth.
 #pragma once
 
-#include "cuda/ptx.cuh"
+#include "cuda/mma.cuh"
 #include "cuda/recurrent_plan.h"
 #include "cuda/vector.cuh"
 
 namespace fastdl::cuda {
-
-__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], half_t) {
-  ptx::mma_m16n8k16_f16(d, a, b);
-}
-__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bf16_t) {
-  ptx::mma_m16n8k16_bf16(d, a, b);
-}
 
 __device__ __forceinline__ void put(float* to, float value, bool add) { *to = add ? *to + value : value; }
 

@@ -78,6 +78,8 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
 }
 
 // ---- Arithmetic ---------------------------------------------------------------------------------------------------
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a < b ? b : a; }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
 inline float __fdividef(float x, float y) { return x / y; }

@@ -1,6 +1,9 @@
-// A fiber: a stack and a place to go on from. Plain ucontext, with the calls that the address sanitizer wants at a switch.
+// A fiber: a stack and a place to go on from. It starts by ucontext and then switches by _setjmp and _longjmp, which, other
+// than swapcontext, ask nothing of the system; under the address sanitizer it stays with swapcontext, and with the calls
+// that the sanitizer wants at a switch.
 #pragma once
 
+#include <csetjmp>
 #include <cstddef>
 #include <cstdint>
 
@@ -78,10 +81,13 @@ class Fiber {
 #if defined(__SANITIZE_ADDRESS__)
     void* fake = nullptr;
     __sanitizer_start_switch_fiber(&fake, stack_, kStackBytes);
-#endif
     swapcontext(&outside_, &inside_);
-#if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
+#else
+    if (_setjmp(resumed_from_) != 0) return;
+    if (started_) _longjmp(left_at_, 1);
+    started_ = true;
+    setcontext(&inside_);
 #endif
   }
 
@@ -90,12 +96,11 @@ class Fiber {
 #if defined(__SANITIZE_ADDRESS__)
     void* fake = nullptr;
     __sanitizer_start_switch_fiber(last ? nullptr : &fake, outer_bottom_, outer_bytes_);
+    swapcontext(&inside_, &outside_);
+    __sanitizer_finish_switch_fiber(fake, &outer_bottom_, &outer_bytes_);
 #else
     (void)last;
-#endif
-    swapcontext(&inside_, &outside_);
-#if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_finish_switch_fiber(fake, &outer_bottom_, &outer_bytes_);
+    if (_setjmp(left_at_) == 0) _longjmp(resumed_from_, 1);
 #endif
   }
 
@@ -112,8 +117,12 @@ class Fiber {
   void* stack_;
   void (*entry_)(void*);
   void* argument_;
-  ucontext_t inside_, outside_;
-#if defined(__SANITIZE_ADDRESS__)
+  ucontext_t inside_;
+#if !defined(__SANITIZE_ADDRESS__)
+  bool started_ = false;
+  jmp_buf resumed_from_, left_at_;
+#else
+  ucontext_t outside_;
   const void* outer_bottom_ = nullptr;
   size_t outer_bytes_ = 0;
 #endif

@@ -106,6 +106,14 @@ inline void mma_m16n8k32_s8(int (&d)[4], const uint32_t (&a)[4], const uint32_t 
   emulator::warp_collective("mma.m16n8k32.s8", 0xffffffffu, &mine, mma_body<int, 32, s8_at, 4>, where);
 }
 
+inline float exp2(float x) { return std::exp2(x); }
+inline uint32_t pack_f16(float first, float second) {
+  return __float2half_rn(first).bits | static_cast<uint32_t>(__float2half_rn(second).bits) << 16;
+}
+inline uint32_t pack_bf16(float first, float second) {
+  return __float2bfloat16_rn(first).bits | static_cast<uint32_t>(__float2bfloat16_rn(second).bits) << 16;
+}
+
 inline void grid_barrier(unsigned*, Where where = Where::current()) { emulator::grid_barrier(where); }
 
 }  // namespace fastdl::ptx

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "cuda/platform.cuh"
-#include "cuda/ptx.cuh"
+#include "cuda/mma.cuh"
 #include "cuda/reduce.cuh"
 
 namespace fastdl::cuda {
@@ -93,6 +93,10 @@ __global__ void mma_kernel(const T* a, const T* b, float* c) {
   float d[4] = {1.0f, 1.0f, 1.0f, 1.0f};
   Mma(d, ra, rb, emulator::Where::current());
   for (unsigned i = 0; i < 4; ++i) c[(lane / 4 + 8 * (i / 2)) * 8 + 2 * (lane % 4) + i % 2] = d[i];
+}
+
+void mma_by_shuffles(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], emulator::Where) {
+  mma_bf16_by_shuffles(d, a, b);
 }
 
 // a [16][32], b [8][32] (each column of the product's B as a row): fragments loaded by the layout's definition.
@@ -338,6 +342,12 @@ const Test kTests[] = {
     {"mma-bf16",
      [] {
        check_mma<bf16_t>([](float v) { return __float2bfloat16_rn(v); }, mma_kernel<bf16_t, ptx::mma_m16n8k16_bf16>,
+                         __bfloat162float);
+       return std::string("equal");
+     }},
+    {"mma-bf16-by-shuffles",
+     [] {
+       check_mma<bf16_t>([](float v) { return __float2bfloat16_rn(v); }, mma_kernel<bf16_t, mma_by_shuffles>,
                          __bfloat162float);
        return std::string("equal");
      }},

@@ -8,7 +8,6 @@ Tests: ``pytest tests/test_convert.py -k hf``.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from fastdl.llm.convert_tokenizer import read_json
 from fastdl.llm.gguf import ModelFileError
+from fastdl.reference.rope import llama3_factors
 
 MODEL_TYPES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}  # Hugging Face's name -> GGUF's architecture
 
@@ -131,19 +131,14 @@ def config_metadata(config: Config) -> list[tuple[str, Any, Any, Any]]:
 def rope_factors(config: Config) -> Tensor | None:
     """float32 [head_dim / 2], what llama 3 divides each rotary frequency by; None for other kinds of scaling.
 
-    Wavelengths shorter than original_context / high_freq_factor stay, those longer than original_context /
-    low_freq_factor are stretched by ``factor``, those between are interpolated. Source: transformers,
-    modeling_rope_utils, "llama3".
+    Source: transformers, modeling_rope_utils, "llama3".
     """
     rope = config.rope
     if rope["rope_type"] != "llama3":
         return None
     factor, low, high = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
     context = float(rope["original_max_position_embeddings"])
-    steps = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
-    wavelength = 2 * math.pi * config.rope_theta**steps
-    smooth = ((context / wavelength - low) / (high - low)).clamp(0, 1)
-    return (1 / ((1 - smooth) / factor + smooth)).to(torch.float32)
+    return llama3_factors(config.head_dim, config.rope_theta, factor, context, low, high).to(torch.float32)
 
 
 def _number(path: Path, raw: dict[str, Any], key: str, kind: type, default: Any = None) -> Any:

@@ -1,14 +1,19 @@
 """Drop-in modules, one file a room."""
 
+from ._transformer import TransformerDecoderLayer, TransformerEncoderLayer
 from .activation import Activation, GatedMLP
+from .additive_attention import AdditiveAttention, PointerAttention
+from .attention import MultiheadAttention
 from .batch_norm import BatchNorm1d, BatchNorm2d
 from .group_norm import GroupNorm
 from .gru import GRU, GRUCell
 from .linear_scan import QRNN, S4D
 from .lstm import LSTM, LSTMCell
 from .norm import LayerNorm, RMSNorm
+from .position import LearnedPositionalEncoding, PositionalEncoding
 from .quant_matmul import QuantEmbedding, QuantLinear
 from .rnn import RNN, RNNCell
+from .rope import RotaryEmbedding
 from .selective_scan import Mamba
 
 __all__ = [
@@ -18,6 +23,7 @@ __all__ = [
     "RNN",
     "S4D",
     "Activation",
+    "AdditiveAttention",
     "BatchNorm1d",
     "BatchNorm2d",
     "GRUCell",
@@ -25,9 +31,16 @@ __all__ = [
     "GroupNorm",
     "LSTMCell",
     "LayerNorm",
+    "LearnedPositionalEncoding",
     "Mamba",
+    "MultiheadAttention",
+    "PointerAttention",
+    "PositionalEncoding",
     "QuantEmbedding",
     "QuantLinear",
     "RMSNorm",
     "RNNCell",
+    "RotaryEmbedding",
+    "TransformerDecoderLayer",
+    "TransformerEncoderLayer",
 ]

@@ -46,6 +46,7 @@ class _Fused:
         return not extras and not getattr(self, "weight_offset", 0.0)
 
     def _run(self, function, x: Tensor, residual: Tensor | None, return_sum: bool, *parameters, **options):
+        p = options.pop("dropout_p")
         if not isinstance(x, Tensor):
             raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
         shape = tuple(self.normalized_shape)
@@ -54,7 +55,7 @@ class _Fused:
             _rows(x, shape),
             *(None if t is None else t.reshape(-1) for t in parameters),
             residual=None if residual is None else _rows(residual, shape),
-            dropout_p=self.dropout if self.training else 0.0,
+            dropout_p=(self.dropout if self.training else 0.0) if p is None else p,
             return_sum=return_sum,
             backend=self.backend,
             **options,
@@ -71,8 +72,9 @@ class LayerNorm(_Fused, nn.LayerNorm):
     dropout   probability, in training, of zeroing an element of input before the residual is added
     backend   None or "auto", "cpu", "cuda", "torch"
 
-    ``forward(input, residual=None, return_sum=False)``: input, residual [..., *normalized_shape] -> y, or (y, s) with
-    s = residual + dropout(input), which a pre-norm block adds its next branch to. state_dict is that of torch's layer.
+    ``forward(input, residual=None, return_sum=False, *, dropout_p=None)``: input, residual [..., *normalized_shape]
+    -> y, or (y, s) with s = residual + dropout(input), which a pre-norm block adds its next branch to; dropout_p is
+    used in place of the layer's dropout, in evaluation too. state_dict is that of torch's layer.
 
     >>> import torch, fastdl
     >>> norm = fastdl.nn.LayerNorm(8)
@@ -96,10 +98,18 @@ class LayerNorm(_Fused, nn.LayerNorm):
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
         self._configure(dropout, backend)
 
-    def forward(self, input: Tensor, residual: Tensor | None = None, return_sum: bool = False):
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        return_sum: bool = False,
+        *,
+        dropout_p: float | None = None,
+    ):
         if self._torchs(input, residual, return_sum):
             return super().forward(input)
-        return self._run(layer_norm, input, residual, return_sum, self.weight, self.bias, eps=self.eps)
+        parameters = (self.weight, self.bias)
+        return self._run(layer_norm, input, residual, return_sum, *parameters, eps=self.eps, dropout_p=dropout_p)
 
 
 class RMSNorm(_Fused, nn.RMSNorm):
@@ -132,10 +142,13 @@ class RMSNorm(_Fused, nn.RMSNorm):
         self._configure(dropout, backend)
         self.weight_offset = weight_offset
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, return_sum: bool = False):
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, return_sum: bool = False, *, dropout_p: float | None = None
+    ):
         if self._torchs(x, residual, return_sum):
             return super().forward(x)
         eps = self.eps
         if eps is None:  # as torch's
             eps = torch.finfo(x.dtype if isinstance(x, Tensor) and x.is_floating_point() else torch.float32).eps
-        return self._run(rms_norm, x, residual, return_sum, self.weight, eps=eps, weight_offset=self.weight_offset)
+        options = {"eps": eps, "weight_offset": self.weight_offset, "dropout_p": dropout_p}
+        return self._run(rms_norm, x, residual, return_sum, self.weight, **options)

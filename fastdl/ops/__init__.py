@@ -20,9 +20,10 @@ from .gru import gru
 from .linear_scan import linear_scan
 from .lstm import lstm
 from .norm import layer_norm, rms_norm
+from .position import add_positions, alibi_slopes, sinusoidal_table
 from .quant_matmul import auto_activation, quant_embedding, quant_matmul, quantize
 from .rnn import rnn
-from .rope import rope, rope_table
+from .rope import rope, rope_qk, rope_table
 from .selective_scan import selective_scan
 
 
@@ -49,8 +50,17 @@ ROOMS: dict[str, Room] = {
     "rnn": Room(("rnn",), ("cpu", "cuda", "triton"), ("RNN", "RNNCell")),
     "linear_scan": Room(("linear_scan",), ("cpu", "cuda", "triton"), ("QRNN", "S4D")),
     "selective_scan": Room(("selective_scan",), ("cpu", "cuda", "triton"), ("Mamba",)),
-    "rope": Room(("rope", "rope_table")),
-    "attention": Room(("attention",), ("cpu",)),
+    "rope": Room(("rope", "rope_qk", "rope_table"), ("cpu", "cuda", "triton"), ("RotaryEmbedding",)),
+    "position": Room(
+        ("add_positions", "sinusoidal_table", "alibi_slopes"),
+        ("cpu", "cuda", "triton"),
+        ("PositionalEncoding", "LearnedPositionalEncoding"),
+    ),
+    "attention": Room(
+        ("attention",),
+        ("cpu", "cuda", "triton"),
+        ("MultiheadAttention", "TransformerEncoderLayer", "TransformerDecoderLayer"),
+    ),
     "attention_decode": Room(("attention_decode",), ("cpu",)),
     "additive_attention": Room(
         ("additive_attention",), ("cpu", "cuda", "triton"), ("AdditiveAttention", "PointerAttention")
@@ -64,7 +74,9 @@ __all__ = [
     "DecoderStack",
     "Room",
     "activation",
+    "add_positions",
     "additive_attention",
+    "alibi_slopes",
     "attention",
     "attention_decode",
     "auto_activation",
@@ -82,7 +94,9 @@ __all__ = [
     "rms_norm",
     "rnn",
     "rope",
+    "rope_qk",
     "rope_table",
     "selective_scan",
+    "sinusoidal_table",
     "swiglu",
 ]

@@ -8,12 +8,11 @@ float32, float16, bfloat16, or 8-bit numbers (Q8_0 blocks). Keys are cut into pa
 position alone, so a sequence's result does not depend on the others. The cache is state: no gradients; `attention` has
 them.
 
-Back ends: cpu (csrc/cpu/attention_decode*), cuda (csrc/cuda/attention_decode*), triton (kernels/attention_decode.py),
-torch (fastdl/reference/attention_decode.py). What they refuse:
+Back ends: cpu (csrc/cpu/attention_decode*), torch (fastdl/reference/attention_decode.py, on a GPU too); cuda and triton
+have no kernels of their own yet. What they refuse:
 
-    | back end          | refuses                     | because                                |
-    | cpu, cuda, triton | float64                     | its kernels accumulate in float32      |
-    | cuda, triton      | head_dim or d_v of over 256 | a row must fit in registers            |
+    | back end | refuses | because                           |
+    | cpu      | float64 | its kernels accumulate in float32 |
 
 Test: ``pytest tests/test_attention_decode.py``; benchmark: ``pytest bench/bench_attention_decode.py``.
 """
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .. import backend as backends
-from .._library import Op, triton_twin, twin_of
+from .._library import Op, twin_of
 from ..reference import attention_decode as reference
 from ..reference.attention import output_like
 from ._attention_checks import check_slopes, check_softcap, check_window
@@ -53,7 +52,6 @@ DECODE = Op(
     "int right) -> (Tensor out, Tensor lse)",
     fake=_fake,
     reference=reference.attention_decode,
-    triton=triton_twin("attention_decode", "attention_decode"),
 )
 
 
@@ -63,13 +61,7 @@ def _refuse_cpu(*, dtype: torch.dtype, **facts) -> str | None:
     return None
 
 
-def _refuse_gpu(*, dtype: torch.dtype, head_dim: int = 64, **facts) -> str | None:
-    if head_dim > 256:
-        return f"head_dim {head_dim}: a row of more than 256 does not fit in registers; use backend='torch'"
-    return _refuse_cpu(dtype=dtype)
-
-
-backends.register_room("attention_decode", {"cpu": _refuse_cpu, "cuda": _refuse_gpu, "triton": _refuse_gpu})
+backends.register_room("attention_decode", {"cpu": _refuse_cpu})
 
 
 def attention_decode(
@@ -109,11 +101,11 @@ def attention_decode(
     pairs        "half" (Hugging Face) or "interleaved" (GGUF's llama): which elements are turned together
     causal       hide later keys from the earlier of the queries
     scale, window, softcap, alibi_slopes, return_lse   as in `attention`
-    backend      None or "auto", "cpu", "cuda", "triton", "torch"
+    backend      None or "auto", "cpu", "torch"
 
     Returns O [batch, heads, n_q, d_v] in the dtype of q; with return_lse also lse float32 [batch, heads, n_q].
-    Raises TypeError or ValueError naming the argument, also when a cache would overflow (on a GPU, where lengths are
-    not looked at, what does not fit is not written; FASTDL_CHECK=1 looks); fastdl.BackendError if ``backend`` cannot.
+    Raises TypeError or ValueError naming the argument, also when a cache would overflow; fastdl.BackendError if
+    ``backend`` cannot.
 
     >>> import torch
     >>> from fastdl import ops
@@ -136,7 +128,6 @@ def attention_decode(
         device=q.device,
         dtype=q.dtype,
         refusals=backends.in_a_transform(),
-        head_dim=max(q.shape[3], _width(v_cache)),
     )
     q, k_new, v_new = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (q, k_new, v_new))
     out, lse = DECODE[twin_of(chosen, q.device)](
