@@ -60,10 +60,13 @@ gpu: ## on a machine with an NVIDIA GPU: build, GPU tests, compute-sanitizer, be
 bench: $(STAMP)-bench ## benchmarks of every room against named peers
 	$(PY) -m pytest bench $(PYTEST_ARGS)
 
-examples: $(STAMP)-bench ## the models of examples/ on real text, with what they check; plots land in build/examples
+examples: $(STAMP)-bench ## the models of examples/, with what they check; plots land in build/examples
 	mkdir -p build/examples
 	$(PY) examples/char_rnn.py --plot build/examples/char_rnn.png
 	$(PY) examples/zaremba_lstm.py --plot build/examples/zaremba_lstm.png
+	$(PY) examples/pointer_network.py --plot build/examples/pointer_network.png
+	$(PY) examples/seq2seq.py --plot build/examples/seq2seq.png
+	$(PY) examples/sort_sets.py --plot build/examples/sort_sets.png
 
 compile-all: $(STAMP)-test ## every CUDA source for every architecture, warnings are errors, no spills
 	FASTDL_CUDA=on FASTDL_CUDA_ARCHS=all FASTDL_WERROR=1 $(PY) setup.py --quiet build_ext --build-lib build/compile-all

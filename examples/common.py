@@ -1,12 +1,15 @@
-"""What the examples share: a text that every Python has, a progress bar, and plots."""
+"""What the examples share: a text that every Python has, a training loop with a progress bar, and plots."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-__all__ = ["plot", "progress", "python_text"]
+import torch
+from torch import Tensor, nn
+
+__all__ = ["draw", "fit", "plot", "progress", "python_text"]
 
 
 def python_text() -> str:
@@ -26,8 +29,34 @@ def progress(steps: Iterable, **options):
     return tqdm(steps, file=sys.stderr, leave=False, disable=None, **options)
 
 
-def plot(path: Path, curves: dict[str, list[float]], x: str, y: str, title: str) -> bool:
-    """Write a picture of the curves; those whose names begin with "torch" are dashed. False: there is no matplotlib."""
+def fit(model: nn.Module, loss_of: Callable[[], Tensor], steps: int, lr: float, name: str) -> list[float]:
+    """Train with Adam on ``loss_of()``, which draws a batch; returns the loss of each step.
+
+    The learning rate rises to ``lr`` in the first twentieth of the steps and then falls to nothing along a cosine.
+    """
+    optimizer, losses = torch.optim.Adam(model.parameters(), lr=lr), []
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1, pct_start=0.05)
+    model.train()
+    bar = progress(range(steps), desc=name)
+    for _ in bar:
+        loss = loss_of()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+        if hasattr(bar, "set_postfix"):
+            bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+    model.eval()
+    tenth = max(1, len(losses) // 10)
+    first, last = (sum(part) / tenth for part in (losses[:tenth], losses[-tenth:]))
+    print(f"{name}: loss {first:.3f} -> {last:.3f} in {steps} steps, means of the first and the last tenth")
+    return losses
+
+
+def draw(path: Path, paint: Callable, rows: int = 1, columns: int = 1, size: tuple[float, float] = (8, 5)) -> bool:
+    """Write the picture that ``paint(axes)`` makes, axes [rows, columns]. False: there is no matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -36,14 +65,23 @@ def plot(path: Path, curves: dict[str, list[float]], x: str, y: str, title: str)
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for name, values in curves.items():
-        theirs = name.startswith("torch")
-        axes.plot(range(1, len(values) + 1), values, label=name, linestyle="--" if theirs else "-", linewidth=1.5)
-    axes.set(xlabel=x, ylabel=y, title=title)
-    axes.grid(alpha=0.3)
-    axes.legend()
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    paint(axes)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     print(f"wrote {path}")
     return True
+
+
+def plot(path: Path, curves: dict[str, list[float]], x: str, y: str, title: str) -> bool:
+    """Write a picture of the curves; those whose names begin with "torch" are dashed. False: there is no matplotlib."""
+
+    def paint(axes) -> None:
+        for name, values in curves.items():
+            style = "--" if name.startswith("torch") else "-"
+            axes[0, 0].plot(range(1, len(values) + 1), values, label=name, linestyle=style, linewidth=1.5)
+        axes[0, 0].set(xlabel=x, ylabel=y, title=title)
+        axes[0, 0].grid(alpha=0.3)
+        axes[0, 0].legend()
+
+    return draw(path, paint)
