@@ -311,7 +311,8 @@ def additive_attention(device: str) -> int:
     """Attention and pointer, with masks, lengths and chosen keys; one chunk of keys and several, every way of tanh."""
     number = 0
     shapes = (  # batch, queries, keys, hidden, d_v
-        (0, 2, 3, 4, 5), (2, 3, 0, 4, 5), (1, 1, 1, 1, 1), (2, 17, 33, 40, 18), (1, 3, 300, 70, 130), (2, 20, 65, 9, 40),
+        (0, 2, 3, 4, 5), (2, 3, 0, 4, 5), (1, 1, 1, 1, 1), (2, 17, 33, 40, 18), (1, 3, 300, 70, 130),
+        (2, 20, 65, 9, 40),
     )  # fmt: skip
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
     for shape, pointer, extras, dtype in itertools.product(shapes, (False, True), (False, True), dtypes):
