@@ -151,8 +151,8 @@ ATTENTION_GPU = {
     "decode, batch 1 to 32, 8k keys, grouped heads, over the best SDPA back end": Goal(1.5, 2.0),
 }
 
-# Additive attention: (kind, [batch, queries, keys, hidden], dtype, peer) -> what is promised. d_v is hidden. "step":
-# one query of a decoder.
+# Additive attention: (kind, [batch, queries, keys, hidden], dtype, peer) -> what is promised. d_v is hidden.
+# "step": one query of a decoder.
 ADDITIVE_SHAPE = (16, 64, 512, 256)
 ADDITIVE: dict[tuple[str, tuple[int, int, int, int], str, str], Goal | None] = {
     **{("gradients", ADDITIVE_SHAPE, "fp32", peer): Goal(3.0, 8.0) for peer in ("eager", "compile")},

@@ -19,6 +19,6 @@ def plain_rope(x: Tensor, cos_sin: Tensor, pairs: str) -> Tensor:
 
 
 def plain_additive_attention(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
-    """q [batch, queries, hidden], k [batch, keys, hidden], v [batch, keys, d_v], w [hidden] -> [b, queries, d_v]."""
+    """q [batch, queries, hidden], k [batch, keys, hidden], v [batch, keys, d_v], w [hidden] -> like q, d_v wide."""
     scores = torch.tanh(q[:, :, None] + k[:, None]) @ w
     return torch.softmax(scores, -1) @ v

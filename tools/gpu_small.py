@@ -307,6 +307,40 @@ def attention(device: str) -> int:
     return number
 
 
+def additive_attention(device: str) -> int:
+    """Attention and pointer, with masks, lengths and chosen keys; one chunk of keys and several, every way of tanh."""
+    number = 0
+    shapes = (  # batch, queries, keys, hidden, d_v
+        (0, 2, 3, 4, 5), (2, 3, 0, 4, 5), (1, 1, 1, 1, 1), (2, 17, 33, 40, 18), (1, 3, 300, 70, 130),
+        (2, 20, 65, 9, 40),
+    )  # fmt: skip
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    for shape, pointer, extras, dtype in itertools.product(shapes, (False, True), (False, True), dtypes):
+
+        def run(backend, shape=shape, pointer=pointer, extras=extras, dtype=dtype):
+            batch, queries, keys, hidden, d_v = shape
+            scale = 0.2 if keys == 33 else 1.0
+            q, k = (scale * torch.randn(batch, rows, hidden, device=device) for rows in (queries, keys))
+            q[:, :1] *= 100.0 if extras else 1.0
+            v, w = torch.randn(batch, keys, d_v, device=device), torch.randn(hidden, device=device) / hidden**0.5
+            leaves = [t.to(dtype).requires_grad_() for t in ((q, k, w) if pointer else (q, k, v, w))]
+            options = {"return_pointer": pointer, "backend": backend}
+            if extras:
+                options |= {
+                    "mask": torch.rand(batch, queries, keys, device=device) > 0.2,
+                    "valid_lens": torch.randint(0, keys + 1, (batch,), device=device),
+                    "chosen": torch.rand(batch, keys, device=device) > 0.7,
+                }
+            given = (*leaves[:2], None, leaves[2]) if pointer else leaves
+            y = ops.additive_attention(*given, **options)
+            y = torch.where(y == -torch.inf, 0.0, y)
+            return gradients(y, leaves, torch.randn_like(y))
+
+        compare(f"additive_attention {shape} {pointer} {dtype}", run, 1e-3 if dtype == torch.float32 else 5e-2)
+        number += 1
+    return number
+
+
 CASES: dict[str, Callable[[str], int]] = {  # room -> function(device), returns how many cases it ran
     "norm": norm,
     "group_norm": group_norm,
@@ -320,6 +354,7 @@ CASES: dict[str, Callable[[str], int]] = {  # room -> function(device), returns 
     "linear_scan": linear_scan,
     "selective_scan": selective_scan,
     "attention": attention,
+    "additive_attention": additive_attention,
 }
 
 
