@@ -44,7 +44,7 @@ struct ForwardTile {
 template <class T, int D, bool General>
 __global__ void __launch_bounds__(kAttentionWarps * 32, 1) attention_forward_tile(const AttentionForward<T> a) {
   using Tile = ForwardTile<T, D, General>;
-  constexpr int R = Tile::kGroups, N = Tile::kKeys;
+  constexpr int R = Tile::kGroups, N = kCopiesInRegisters && R == 2 && D == 128 ? 32 : Tile::kKeys;
   FASTDL_DYNAMIC_SHARED(T, k_tile);
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int rows = static_cast<int>(blockDim.x) / 2 * R;

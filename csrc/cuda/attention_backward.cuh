@@ -23,7 +23,8 @@ struct QuerySpan {
 template <class T, int D, bool General>
 __global__ void __launch_bounds__(kAttentionWarps * 32, 1) attention_backward_keys(const AttentionBackward<T> a) {
   using Tile = BackwardTile<T, D, General>;
-  constexpr int R = Tile::kGroups, N = Tile::kStream, C = Tile::kColumns, kStages = Tile::kStages;
+  constexpr int R = Tile::kGroups, C = Tile::kColumns, kStages = Tile::kStages;
+  constexpr int N = kCopiesInRegisters && R == 2 && D == 64 ? 16 : Tile::kStream;
   FASTDL_DYNAMIC_SHARED(T, q_tiles);
   FASTDL_SHARED(GradientRow, stats, [kStages][N]);
   FASTDL_SHARED(QuerySpan, spans, [1]);

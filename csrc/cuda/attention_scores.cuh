@@ -7,6 +7,13 @@
 
 namespace fastdl::cuda {
 
+// Before sm_80 tiles come to shared memory through registers: kernels that have none to spare take smaller tiles there.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr bool kCopiesInRegisters = true;
+#else
+constexpr bool kCopiesInRegisters = false;
+#endif
+
 constexpr int kAttentionWarps = 4;  // of a block at most
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 

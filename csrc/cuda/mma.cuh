@@ -16,19 +16,18 @@ __device__ __forceinline__ float second_bf16(uint32_t pair) { return __uint_as_f
 // the others for the rows and columns of its four elements.
 __device__ __forceinline__ void mma_bf16_by_shuffles(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   const int lane = static_cast<int>(threadIdx.x) % 32, row = lane / 4 * 4, column = lane % 4 * 8;
-#pragma unroll
-  for (int half = 0; half < 2; ++half)
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const uint32_t a0 = __shfl_sync(kAllLanes, a[2 * half], row + k);
-      const uint32_t a1 = __shfl_sync(kAllLanes, a[2 * half + 1], row + k);
-      const uint32_t b0 = __shfl_sync(kAllLanes, b[half], column + k);
-      const uint32_t b1 = __shfl_sync(kAllLanes, b[half], column + 4 + k);
-      d[0] += first_bf16(a0) * first_bf16(b0) + second_bf16(a0) * second_bf16(b0);
-      d[1] += first_bf16(a0) * first_bf16(b1) + second_bf16(a0) * second_bf16(b1);
-      d[2] += first_bf16(a1) * first_bf16(b0) + second_bf16(a1) * second_bf16(b0);
-      d[3] += first_bf16(a1) * first_bf16(b1) + second_bf16(a1) * second_bf16(b1);
-    }
+#pragma unroll 1  // a kernel has hundreds of these: short code counts
+  for (int k = 0; k < 8; ++k) {
+    const bool low = k < 4;
+    const uint32_t a0 = __shfl_sync(kAllLanes, low ? a[0] : a[2], row + k % 4);
+    const uint32_t a1 = __shfl_sync(kAllLanes, low ? a[1] : a[3], row + k % 4);
+    const uint32_t b0 = __shfl_sync(kAllLanes, low ? b[0] : b[1], column + k % 4);
+    const uint32_t b1 = __shfl_sync(kAllLanes, low ? b[0] : b[1], column + 4 + k % 4);
+    d[0] += first_bf16(a0) * first_bf16(b0) + second_bf16(a0) * second_bf16(b0);
+    d[1] += first_bf16(a0) * first_bf16(b1) + second_bf16(a0) * second_bf16(b1);
+    d[2] += first_bf16(a1) * first_bf16(b0) + second_bf16(a1) * second_bf16(b0);
+    d[3] += first_bf16(a1) * first_bf16(b1) + second_bf16(a1) * second_bf16(b1);
+  }
 }
 
 // d [16][8] += a [16][16] b [16][8]
