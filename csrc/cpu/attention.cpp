@@ -50,9 +50,10 @@ AttentionCall call_of(const AttentionTensors& t, const Tensor& q, double p, doub
   return a;
 }
 
-// Every sequence for every key head; ends of packed ones are cut to what is there.
+// Every sequence that has queries, for every key head; ends of packed ones are cut to what is there.
 std::vector<AttentionSequence> sequences_of(const AttentionTensors& t) {
   std::vector<AttentionSequence> found;
+  if (t.heads == 0) return found;
   const int64_t count = t.packed() ? t.sequences : t.batch;
   for (int64_t i = 0; i < count; ++i) {
     AttentionSequence s{i, 0, 0, t.n_q, 0, t.n_k};
