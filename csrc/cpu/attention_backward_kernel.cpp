@@ -41,7 +41,7 @@ FASTDL_INLINE BackwardScratch backward_scratch(const AttentionCall& a, void* mem
   s.k = take(KEYS * d), s.v = take(KEYS * dv), s.dk = take(KEYS * d), s.dv = take(KEYS * dv);
   s.lse = take(COLUMNS), s.low = take(COLUMNS), s.delta = take(COLUMNS);
   s.options.row = take(KEYS), s.options.top = take(COLUMNS);
-  s.options.terms = take(KEYS * COLUMNS), s.options.keep = take(KEYS * COLUMNS);
+  s.options.seen = (uint32_t*)take(KEYS / 32 * COLUMNS), s.options.keep = take(KEYS * COLUMNS);
   return s;
 }
 
@@ -97,12 +97,10 @@ void score_gradients(const AttentionCall& a, const Columns& c, int64_t key, int6
                      const BackwardScratch& f) {
   product<ZERO>(rows.k, rows.k_stride, 1, f.q, COLUMNS, a.head_dim, f.p, COLUMNS, keys, c.vectors);
   product<ZERO>(rows.v, rows.v_stride, 1, f.grad, COLUMNS, a.d_v, f.ds, COLUMNS, keys, c.vectors);
-  const bool options = has_options(a);
-  const float before = a.softcap > 0 ? a.scale / a.softcap : a.scale * LOG2E;
-  if (options || key < c.all_first || key + keys > c.all_last)
-    apply_options(a, c, key, keys, options ? before : 1.0f, f.options, f.p, a.softcap > 0 ? f.slope : nullptr);
+  if (changes_scores(a, c, key, keys))
+    apply_options(a, c, key, keys, f.options, f.p, a.softcap > 0 ? f.slope : nullptr);
   if (a.dropout) dropout_tile(a, c, key, keys, f.options);
-  const vf zero = vset1(0.0f), lowest = vset1(LOWEST), times = vset1(options ? 1.0f : before);
+  const vf zero = vset1(0.0f), lowest = vset1(LOWEST), times = vset1(unit_of_scores(a));
   for (int v = 0; v < c.vectors; ++v) {
     const vf lse = vload(f.lse + v * LANES), low = vload(f.low + v * LANES), delta = vload(f.delta + v * LANES);
     for (int64_t j = 0; j < keys; ++j) {

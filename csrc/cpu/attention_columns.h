@@ -5,6 +5,7 @@
 #include <float.h>
 #include <math.h>
 
+#include "common/simd_bits.h"
 #include "common/simd_math.h"
 #include "cpu/attention_kernel.h"
 #include "cpu/attention_tile.h"
@@ -20,7 +21,7 @@ struct Columns {
   int64_t position[COLUMNS], low[COLUMNS], high[COLUMNS];  // keys low .. high - 1 are seen
   int64_t first, last;                                     // keys that some column sees: first .. last - 1
   int64_t all_first, all_last;                             // keys that all columns see
-  float slope[COLUMNS];                                    // of ALiBi, times log2(e)
+  float slope[COLUMNS];                                    // of ALiBi
   const void* bias[COLUMNS];                               // row of the bias, moved to key 0 of the sequence
   const uint8_t* mask[COLUMNS];
   uint64_t drop[COLUMNS];   // index of key 0
@@ -54,7 +55,7 @@ inline void set_columns(const AttentionCall& a, const AttentionSequence& s, int6
     if (low > c.all_first) c.all_first = low;
     if (high < c.all_last) c.all_last = high;
     c.slope[i] = 0.0f;
-    if (a.slopes) c.slope[i] = a.slopes[(a.slopes_of_batch ? s.batch * a.heads : 0) + head] * LOG2E;
+    if (a.slopes) c.slope[i] = a.slopes[(a.slopes_of_batch ? s.batch * a.heads : 0) + head];
     if (a.bias.data) {
       const int64_t at = s.batch * a.bias.batch + head * a.bias.head + row * a.bias.row;
       c.bias[i] = (const char*)a.bias.data + at * element_bytes(a.bias_format);
@@ -69,118 +70,170 @@ inline void set_columns(const AttentionCall& a, const AttentionSequence& s, int6
   }
 }
 
+// Whether scores are more than a positive factor times the products q . k of the keys that are seen.
+FASTDL_INLINE bool has_options(const AttentionCall& a) {
+  return !(a.scale > 0) || a.softcap > 0 || a.bias.data || a.slopes;
+}
+
+// What apply_options leaves, times this, is in units of log 2.
+FASTDL_INLINE float unit_of_scores(const AttentionCall& a) { return has_options(a) ? LOG2E : a.scale * LOG2E; }
+
+// Whether a block of keys needs apply_options.
+FASTDL_INLINE bool changes_scores(const AttentionCall& a, const Columns& c, int64_t key, int64_t keys) {
+  return has_options(a) || a.mask.data || key < c.all_first || key + keys > c.all_last;
+}
+
 struct OptionScratch {
-  float* row;    // [KEYS]: a term that all columns share
-  float* terms;  // [KEYS][COLUMNS]: bias and mask
-  float* keep;   // [KEYS][COLUMNS]: dropout
-  float* top;    // [COLUMNS]: the block's greatest scores
+  float* row;      // [KEYS]: bias and mask that all columns share
+  uint32_t* seen;  // [KEYS / 32][COLUMNS]: bit k of word w: the mask shows key 32 w + k of the block to the column
+  float* keep;     // [KEYS][COLUMNS]: dropout
+  float* top;      // [COLUMNS]: the block's greatest scores
 };
-constexpr int64_t OPTION_FLOATS = KEYS + 2 * KEYS * COLUMNS + COLUMNS;
+constexpr int64_t OPTION_FLOATS = KEYS + KEYS / 32 * COLUMNS + KEYS * COLUMNS + COLUMNS;
 
-// make(column, j) are LANES keys from j on of a column; they become columns of a tile.
-template <class Make>
-FASTDL_INLINE void tile_of_rows(const Columns& c, int64_t keys, float* tile, const Make& make) {
-  for (int v = 0; v < c.vectors; ++v)
-    for (int64_t j = 0; j < keys; j += LANES) {
-      vf square[LANES];
-#pragma GCC unroll 16
-      for (int i = 0; i < LANES; ++i) square[i] = make(v * LANES + i, j);
-      vtranspose(square);
-#pragma GCC unroll 16
-      for (int i = 0; i < LANES; ++i) vstore(tile + (j + i) * COLUMNS + v * LANES, square[i]);
-    }
+// n of LANES elements of a row of the bias, from `key` on.
+template <class T>
+FASTDL_INLINE vf bias_vector(const AttentionCall& a, const void* row, int64_t key, int64_t n) {
+  const auto* p = (const typename T::Element*)row;
+  if (a.bias.key) {
+    __builtin_prefetch(p + key + KEYS, 0, 2);  // the rows are too many for the prefetching of the CPU
+    return get<T>(row, key, n);
+  }
+  float one[LANES];
+  vstore(one, load_part<T>(p, 1));
+  return vset1(one[0]);
 }
 
-// Bias times log2(e), and minus infinity where the mask says so, of one column and n of LANES keys from `key` on.
-template <class T>
-FASTDL_INLINE vf term_vector(const AttentionCall& a, const Columns& c, int64_t column, int64_t key, int64_t n) {
-  vf t = vset1(0.0f);
-  if (a.bias.data) {
-    if (a.bias.key) {
-      t = get<T>(c.bias[column], key, n);
-    } else {
-      float one[LANES];
-      vstore(one, load_part<T>((const typename T::Element*)c.bias[column], 1));
-      t = vset1(one[0]);
-    }
-    t = vmul(t, vset1(LOG2E));
-  }
-  if (a.mask.data) {
-    int8_t bytes[LANES] = {};
-    const int8_t* m = (const int8_t*)c.mask[column] + key * a.mask.key;
-    if (a.mask.key == 0) {
-      memset(bytes, *m, sizeof bytes);
-      m = bytes;
-    } else if (n < LANES) {
-      memcpy(bytes, m, (size_t)n);
-      m = bytes;
-    }
-    t = vselect_le(vabs(vload_i8(m)), vset1(0.5f), vset1(-INFINITY), t);
-  }
-  return t;
-}
-
-template <class T>
-void term_tile(const AttentionCall& a, const Columns& c, int64_t key, int64_t keys, bool shared,
-               const OptionScratch& s) {
-  if (shared)
-    for (int64_t j = 0; j < keys; j += LANES) vstore(s.row + j, term_vector<T>(a, c, 0, key + j, keys - j));
+// Minus infinity where the mask hides one of n of LANES keys, from `key` on; else t.
+FASTDL_INLINE vf mask_vector(const AttentionCall& a, const uint8_t* row, int64_t key, int64_t n, vf t) {
+  int8_t bytes[LANES] = {};
+  if (a.mask.key == 0)
+    memset(bytes, row[0], sizeof bytes);
   else
-    tile_of_rows(c, keys, s.terms,
-                 [&](int64_t i, int64_t j) FASTDL_STEP { return term_vector<T>(a, c, i, key + j, keys - j); });
+    memcpy(bytes, row + key, (size_t)(n < LANES ? n : LANES));
+  return vselect_le(vabs(vload_i8(bytes)), vset1(0.5f), vset1(-INFINITY), t);
 }
 
-// tile [keys][COLUMNS] of products q . k becomes scores times log2(e). factor: what the products lack of scale (with a
-// cap: of scale / cap). slope_of_cap [keys][COLUMNS], or null: the cap's derivative.
-inline void apply_options(const AttentionCall& a, const Columns& c, int64_t key, int64_t keys, float factor,
-                          const OptionScratch& s, float* tile, float* slope_of_cap = nullptr) {
-  const bool inside = key >= c.all_first && key + keys <= c.all_last;
-  const bool term = a.bias.data || a.mask.data;
-  const bool shared = (!a.bias.data || c.one_bias) && (!a.mask.data || c.one_mask);
-  if (term) dispatch(a.bias_format, [&](auto type) { term_tile<decltype(type)>(a, c, key, keys, shared, s); });
-  for (int v = 0; v < c.vectors; ++v) {
-    float low_[LANES], high_[LANES], place_[LANES];
-    for (int i = 0; i < LANES; ++i) {  // relative to the block: small integers, exact in float32
-      const int64_t low = c.low[v * LANES + i] - key, high = c.high[v * LANES + i] - key;
-      low_[i] = (float)(low < 0 ? 0 : low > keys ? keys : low);
-      high_[i] = (float)(high < 0 ? 0 : high > keys ? keys : high) - 1.0f;
-      place_[i] = (float)(c.position[v * LANES + i] - key);
+inline void mask_bits(const AttentionCall& a, const Columns& c, int64_t key, int64_t keys, uint32_t* seen) {
+  for (int64_t i = 0; i < c.vectors * LANES; ++i)
+    for (int64_t j = 0; j < keys; j += 32) {
+      const uint8_t* const at = c.mask[i] + (key + j) * a.mask.key;
+      uint8_t some[32] = {};
+      uint32_t bits;
+      if (a.mask.key == 0) {
+        bits = *at ? ~0u : 0u;
+      } else if (keys - j >= 32) {
+        __builtin_prefetch(at + KEYS);
+        bits = nonzero_bytes(at);
+      } else {
+        memcpy(some, at, (size_t)(keys - j));
+        bits = nonzero_bytes(some);
+      }
+      seen[j / 32 * COLUMNS + i] = bits;
     }
-    const vf low = vload(low_), high = vload(high_), place = vload(place_), slope = vload(c.slope + v * LANES);
-    const vf cap = vset1(a.softcap * LOG2E), times = vset1(factor), hidden = vset1(-INFINITY);
-    vf top = hidden;
-    for (int64_t j = 0; j < keys; ++j) {
+}
+
+struct NoBias {};  // in place of the bias's type: none, or one row for all columns
+
+// One vector of columns of apply_options. RARE: more than a scale, a bias and a mask that differ from column to column.
+template <class Bias, bool RARE>
+inline void apply_options_to(const AttentionCall& a, const Columns& c, int v, int64_t key, int64_t keys, bool row,
+                             float factor, const OptionScratch& s, float* tile, float* slope_of_cap) {
+  const bool inside = key >= c.all_first && key + keys <= c.all_last, mask = a.mask.data && !c.one_mask;
+  float low_[LANES], high_[LANES], place_[LANES];
+  for (int i = 0; i < LANES; ++i) {  // relative to the block: small integers, exact in float32
+    const int64_t low = c.low[v * LANES + i] - key, high = c.high[v * LANES + i] - key;
+    low_[i] = (float)(low < 0 ? 0 : low > keys ? keys : low);
+    high_[i] = (float)(high < 0 ? 0 : high > keys ? keys : high) - 1.0f;
+    place_[i] = (float)(c.position[v * LANES + i] - key);
+  }
+  const vf low = vload(low_), high = vload(high_), place = vload(place_), slope = vload(c.slope + v * LANES);
+  const vf cap = vset1(a.softcap), times = vset1(factor), hidden = vset1(-INFINITY), least = vset1(-FLT_MAX);
+  vf top = hidden;
+  for (int64_t j0 = 0; j0 < keys; j0 += LANES) {
+    vi words{};
+    if (mask) words = vload_words(s.seen + j0 / 32 * COLUMNS + v * LANES, (int)(j0 % 32));
+    vf square[LANES];  // of the bias: rows become columns
+    if constexpr (!__is_same(Bias, NoBias)) {
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; ++i) square[i] = bias_vector<Bias>(a, c.bias[v * LANES + i], key + j0, keys - j0);
+      vtranspose(square);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) {
+      const int64_t j = j0 + i;
+      if (j >= keys) break;
       float* const at = tile + j * COLUMNS + v * LANES;
-      vf x = vmul(vload(at), times);
-      if (a.softcap > 0) {
-        const vf t = vtanh(x);
-        if (slope_of_cap) vstore(slope_of_cap + j * COLUMNS + v * LANES, vsub(vset1(1.0f), vmul(t, t)));
-        x = vmul(t, cap);
+      vf x = vload(at);
+      if constexpr (RARE) {
+        x = vmul(x, times);
+        if (a.softcap > 0) {
+          const vf t = vtanh(x);
+          if (slope_of_cap) vstore(slope_of_cap + j * COLUMNS + v * LANES, vsub(vset1(1.0f), vmul(t, t)));
+          x = vmul(t, cap);
+        }
+        if (row) x = vselect_le(vset1(s.row[j]), least, hidden, vadd(x, vset1(s.row[j])));
       }
-      if (term) {
-        const vf t = shared ? vset1(s.row[j]) : vload(s.terms + j * COLUMNS + v * LANES);
-        x = vselect_le(t, vset1(-FLT_MAX), hidden, vadd(x, t));  // also where x is infinite
+      if constexpr (!__is_same(Bias, NoBias)) {
+        const vf sum = RARE ? vadd(x, square[i]) : vfma(x, times, square[i]);
+        x = vselect_le(square[i], least, hidden, sum);  // also where x is infinite
       }
-      const vf number = vset1((float)j);
-      if (a.slopes) x = vsub(x, vmul(slope, vabs(vsub(place, number))));
-      if (!inside) x = vselect_le(low, number, vselect_le(number, high, x, hidden), hidden);
+      if (mask) x = vselect_bit(words, 1u << i, x, hidden);
+      if constexpr (RARE) {
+        const vf number = vset1((float)j);
+        if (a.slopes) x = vsub(x, vmul(slope, vabs(vsub(place, number))));
+        if (!inside) x = vselect_le(low, number, vselect_le(number, high, x, hidden), hidden);
+      }
       top = vmax(top, x);
       vstore(at, x);
     }
-    vstore(s.top + v * LANES, top);
   }
+  vstore(s.top + v * LANES, top);
+}
+
+// tile [keys][COLUMNS] of products q . k becomes scores, without the scale where there are no options. slope_of_cap
+// [keys][COLUMNS], or null: the cap's derivative.
+inline void apply_options(const AttentionCall& a, const Columns& c, int64_t key, int64_t keys, const OptionScratch& s,
+                          float* tile, float* slope_of_cap = nullptr) {
+  const float factor = !has_options(a) ? 1.0f : a.softcap > 0 ? a.scale / a.softcap : a.scale;
+  const bool inside = key >= c.all_first && key + keys <= c.all_last;
+  const bool one_bias = a.bias.data && c.one_bias, one_mask = a.mask.data && c.one_mask, row = one_bias || one_mask;
+  if (row)
+    for (int64_t j = 0; j < keys; j += LANES) {
+      vf t = vset1(0.0f);
+      if (one_bias)
+        dispatch(a.bias_format, [&](auto type) { t = bias_vector<decltype(type)>(a, c.bias[0], key + j, keys - j); });
+      if (one_mask) t = mask_vector(a, c.mask[0], key + j, keys - j, t);
+      vstore(s.row + j, t);
+    }
+  if (a.mask.data && !one_mask) mask_bits(a, c, key, keys, s.seen);
+  const bool rare = !(a.scale > 0) || a.softcap > 0 || a.slopes || row || !inside;
+  const auto run = [&](auto bias) {
+    using Bias = decltype(bias);
+    for (int v = 0; v < c.vectors; ++v)
+      if (rare)
+        apply_options_to<Bias, true>(a, c, v, key, keys, row, factor, s, tile, slope_of_cap);
+      else
+        apply_options_to<Bias, false>(a, c, v, key, keys, row, factor, s, tile, slope_of_cap);
+  };
+  if (a.bias.data && !one_bias)
+    dispatch(a.bias_format, run);
+  else
+    run(NoBias());
 }
 
 // keep [keys][COLUMNS]: 0 or 1 / (1 - p)
 inline void dropout_tile(const AttentionCall& a, const Columns& c, int64_t key, int64_t keys, const OptionScratch& s) {
-  tile_of_rows(c, keys, s.keep, [&](int64_t i, int64_t j) FASTDL_STEP {
-    return dropout(a.seed, (int64_t)(c.drop[i] + (uint64_t)(key + j)), a.p, a.keep_scale);
-  });
-}
-
-// Whether scores are more than a positive factor times the products q . k.
-FASTDL_INLINE bool has_options(const AttentionCall& a) {
-  return !(a.scale > 0) || a.softcap > 0 || a.bias.data || a.mask.data || a.slopes;
+  for (int v = 0; v < c.vectors; ++v)
+    for (int64_t j = 0; j < keys; j += LANES) {
+      vf square[LANES];
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; ++i)
+        square[i] = dropout(a.seed, (int64_t)(c.drop[v * LANES + i] + (uint64_t)(key + j)), a.p, a.keep_scale);
+      vtranspose(square);
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; ++i) vstore(s.keep + (j + i) * COLUMNS + v * LANES, square[i]);
+    }
 }
 
 // Where the elements of a column begin.

@@ -44,7 +44,7 @@ FASTDL_INLINE ForwardScratch forward_scratch(const AttentionCall& a, void* memor
   s.row = take(LANES * d);
   s.pairs = (uint32_t*)take(KEYS / 2 * COLUMNS);
   s.options.row = take(KEYS), s.options.top = take(COLUMNS);
-  s.options.terms = take(KEYS * COLUMNS), s.options.keep = take(KEYS * COLUMNS);
+  s.options.seen = (uint32_t*)take(KEYS / 32 * COLUMNS), s.options.keep = take(KEYS * COLUMNS);
   return s;
 }
 
@@ -61,7 +61,7 @@ FASTDL_INLINE vf greatest(const float* x, int64_t keys) {
   return vmax(vmax(top[0], top[1]), vmax(top[2], top[3]));
 }
 
-// Scores [keys][COLUMNS] of base 2 (times c) to probabilities, and what they change in the sums so far. known: options.top
+// Scores [keys][COLUMNS] (times c: in units of log 2) to probabilities, and what they change in the sums so far. known: options.top
 // holds the greatest. keep: dropout's factors or null. pairs: where two keys' probabilities go as bfloat16, or null: they replace the scores.
 template <bool PAIRS>
 inline void softmax_block(const ForwardScratch& s, int vectors, int64_t keys, float c, bool known, const float* keep) {
@@ -143,9 +143,7 @@ void forward_any(const AttentionCall& a, const AttentionSequence& s, int64_t fir
   set_columns(a, s, first, count, c);
   const ForwardScratch f = forward_scratch(a, memory);
   const int64_t d = a.head_dim, dv = a.d_v, ld = whole(d), ldv = whole(dv);
-  const bool options = has_options(a);
-  const float before = a.softcap > 0 ? a.scale / a.softcap : a.scale * LOG2E;  // what makes scores of products
-  const float factor = options ? before : 1.0f, c2 = options ? 1.0f : before;
+  const float unit = unit_of_scores(a);
 
   const float* rows[LANES];
   for (int i = 0; i < LANES; ++i) rows[i] = f.row + i * ld;
@@ -181,10 +179,10 @@ void forward_any(const AttentionCall& a, const AttentionSequence& s, int64_t fir
       }
       product<ZERO>(k, stride, 1, f.q, COLUMNS, d, f.scores, COLUMNS, keys, c.vectors);
     }
-    const bool changed = options || key < c.all_first || key + keys > c.all_last;
-    if (changed) apply_options(a, c, key, keys, factor, f.options, f.scores);
+    const bool changed = changes_scores(a, c, key, keys);
+    if (changed) apply_options(a, c, key, keys, f.options, f.scores);
     if (a.dropout) dropout_tile(a, c, key, keys, f.options);
-    softmax_block<PAIRS>(f, c.vectors, keys, c2, changed, a.dropout ? f.options.keep : nullptr);
+    softmax_block<PAIRS>(f, c.vectors, keys, unit, changed, a.dropout ? f.options.keep : nullptr);
     if constexpr (PAIRS) {
 #if defined(FASTDL_NATIVE_BF16)
       uint32_t* const pairs = (uint32_t*)f.v;
