@@ -122,6 +122,16 @@ def test_packed_sequences(lane, names):
         assert torch.equal(flat, packed(q, k, v)[0])
 
 
+@pytest.mark.parametrize("window", [2**29, 2**31 - 1, 2**31, 2**63 - 1, 2**80])
+def test_huge_windows_are_no_windows(lane, window):
+    """No sum of a position and a window overflows, also where queries stand before the first key."""
+    for n_q in (4, 9):
+        q, k, v = make((1, 2, 1, n_q, 6, 16, 16), torch.float32, lane.device, grad=False)
+        wanted = ops.attention(q, k, v, backend=lane.backend)
+        for both in ((window, window), (window, -1), (-1, window)):
+            assert torch.equal(ops.attention(q, k, v, window=both, backend=lane.backend), wanted)
+
+
 def test_packed_dropout_is_the_references(lane):
     q, k, v = make((1, 2, 1, 26, 26, 16, 16), torch.float32, lane.device)
     ends = torch.tensor([0, 9, 9, 26], device=lane.device)
@@ -358,6 +368,7 @@ def test_explain_names_the_back_end(lane):
 # ---- Bad input ------------------------------------------------------------------------------------------------------
 
 Q, K = torch.ones(2, 4, 5, 8), torch.ones(2, 2, 6, 8)
+NESTED = torch.nested.nested_tensor([torch.ones(5, 6), torch.ones(5, 6)])
 PACKED = {"q": torch.ones(4, 5, 8), "k": torch.ones(2, 5, 8), "v": torch.ones(2, 5, 8)}
 
 
@@ -386,6 +397,16 @@ PACKED = {"q": torch.ones(4, 5, 8), "k": torch.ones(2, 5, 8), "v": torch.ones(2,
         ({"window": (1, -2)}, ValueError, "window: expected numbers of keys, or -1"),
         ({"softcap": 0.0}, ValueError, "softcap: expected a number > 0"),
         ({"softcap": "1"}, TypeError, "softcap: expected a number"),
+        ({"softcap": float("inf")}, ValueError, "softcap: expected a number > 0"),
+        ({"softcap": 1e-300}, ValueError, "softcap: expected a number > 0"),  # 0 in float32, which would be no cap
+        ({"scale": float("nan")}, ValueError, "scale: expected a finite number"),
+        ({"scale": 1e300}, ValueError, "scale: expected a finite number"),
+        ({"scale": 1j}, TypeError, "scale: expected a number, got complex"),
+        ({"causal": torch.ones(5, 6) > 0}, TypeError, "causal: expected True or False, got Tensor"),
+        ({"causal": None}, TypeError, "causal: expected True or False, got NoneType"),
+        ({"bias": NESTED}, TypeError, "bias: expected a floating point tensor or None, got torch.float32, nested"),
+        ({"alibi_slopes": NESTED}, TypeError, "alibi_slopes: expected a floating point tensor or None.*nested"),
+        ({"mask": torch.nested.nested_tensor([torch.ones(5, 6) > 0])}, TypeError, "mask: expected a boolean.*nested"),
         ({"dropout_p": 1.5}, ValueError, "dropout_p: expected 0 <= p <= 1"),
         ({"alibi_slopes": torch.ones(3)}, ValueError, r"alibi_slopes: expected shape \(4,\) or \(2, 4\)"),
         ({"alibi_slopes": torch.ones(4, requires_grad=True)}, ValueError, "alibi_slopes: expected constants"),
@@ -393,7 +414,7 @@ PACKED = {"q": torch.ones(4, 5, 8), "k": torch.ones(2, 5, 8), "v": torch.ones(2,
         (PACKED | {"cu_seqlens_k": torch.tensor([0, 5])}, ValueError, "cu_seqlens_q: expected the ends"),
         (PACKED | {"cu_seqlens_q": torch.tensor([0, 4])}, ValueError, "cu_seqlens_q: expected values from 0 to 5"),
         (PACKED | {"cu_seqlens_q": torch.tensor([0, 4, 3, 5])}, ValueError, "never fall, got 4 before 3"),
-        (PACKED | {"cu_seqlens_q": torch.tensor([0.0, 5.0])}, TypeError, "cu_seqlens_q: expected an int32 or int64"),
+        (PACKED | {"cu_seqlens_q": torch.tensor([0.0, 5.0])}, TypeError, "cu_seqlens_q: expected an int64 or int32"),
         (
             PACKED | {"cu_seqlens_q": torch.tensor([0, 5]), "cu_seqlens_k": torch.tensor([0, 2, 5])},
             ValueError,
