@@ -12,7 +12,6 @@ from torch import Tensor
 from ._checks import check_dense, check_finite, check_flag, check_number, check_optional
 from ._masks import autocast_dtype, broadcastable, check_ints, check_mask, check_valid_lens, values_are_known
 
-
 _UNLIMITED = 1 << 29  # lengths are below; kernels add a window to a position in an int
 _CAPS = (1e-30, 1e30)  # float32 holds them, their inverse and their product with log2(e)
 
