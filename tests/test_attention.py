@@ -218,6 +218,66 @@ def test_infinity_and_nan(lane, names):
         assert z.isfinite().all()
 
 
+HIDDEN = {
+    "mask": lambda kept: {"mask": kept[:, None, None]},
+    "mask of pairs": lambda kept: {"mask": kept[:, None, None].expand(2, 4, 9, 200)},
+    "bias": lambda kept: {"bias": torch.zeros(kept.shape).masked_fill(~kept, -torch.inf)[:, None, None]},
+    "mask, softcap": lambda kept: {"mask": kept[:, None, None], "softcap": 2.0},
+    "mask, dropout": lambda kept: {"mask": kept[:, None, None], "dropout_p": 0.3},
+    "window": lambda kept: {"window": (3, 0)},
+    "lens": lambda kept: {"valid_lens": torch.tensor([90, 140])},
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_hidden_keys_may_hold_anything(lane, name):
+    """NaN and infinities in k and v of keys that no query sees change no bit of outputs and gradients."""
+    if lane.backend in ("cuda", "triton") and name not in ("lens",):
+        pytest.skip("kernels for GPUs multiply what is hidden by 0")
+    kept = torch.ones(2, 200, dtype=torch.bool, device=lane.device)
+    kept[0, :5] = kept[1, 50:70] = kept[:, 150:] = False
+    options = {
+        key: value.to(lane.device) if isinstance(value, torch.Tensor) else value
+        for key, value in HIDDEN[name](kept.cpu()).items()
+    }
+    if name == "lens":
+        kept = torch.arange(200, device=lane.device) < options["valid_lens"][:, None]
+    elif name == "window":
+        kept = (torch.arange(200, device=lane.device) >= 200 - 9 - 3).expand(2, 200)
+    for dtype in lane.dtypes[:2]:
+        q, k, v = make((2, 4, 2, 9, 200, 16, 24), dtype, lane.device, grad=False)
+        expected = None
+        for junk in (0.0, torch.nan, torch.inf):
+            tensors = [
+                q.clone().requires_grad_(),
+                *(t.masked_fill(~kept[:, None, :, None], junk).requires_grad_() for t in (k, v)),
+            ]
+            torch.manual_seed(5)
+            y, lse = ops.attention(*tensors, return_lse=True, backend=lane.backend, **options)
+            grads = torch.autograd.grad((y, lse), tensors, (torch.ones_like(y), torch.ones_like(lse)))
+            found = (y, lse, *grads)
+            expected = found if expected is None else expected
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), (dtype, junk)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+def test_later_keys_may_hold_anything_on_the_cpu(level, value):
+    """A key that other queries of the same block see leaves the rows that do not see it alone, and spoils those that
+    do."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        q, k, v = make((1, 2, 1, 40, 140, 16, 16), dtype, grad=False)
+        wanted = ops.attention(q, k, v, causal=True, backend="cpu")
+        for which in (0, 1):
+            worse = [k.clone(), v.clone()]
+            worse[which][:, :, 120] = value  # query 20
+            tensors = [t.requires_grad_() for t in (q.clone(), *worse)]
+            y = ops.attention(*tensors, causal=True, backend="cpu")
+            assert torch.equal(y[:, :, :20], wanted[:, :, :20])
+            assert not y[:, :, 20:].isfinite().any() or (which == 0 and value == torch.inf)
+            (dq,) = torch.autograd.grad(y[:, :, :20].float().sum(), tensors[0])
+            assert dq[:, :, :20].isfinite().all()
+
+
 def test_blind_rows_have_no_gradient(lane):
     q, k, v = make((1, 2, 1, 5, 3, 16, 16), torch.float32, lane.device)
     y, lse = ops.attention(q, k, v, causal=True, return_lse=True, backend=lane.backend)
