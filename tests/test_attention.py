@@ -56,6 +56,17 @@ def test_many_blocks(lane, shape):
             check(ours(lane.backend, options), tensors, peer=torchs(shape, options))
 
 
+def test_wide_heads(lane):
+    """Over 256, which kernels for GPUs refuse."""
+    shape = (1, 2, 1, 3, 5, 300, 272)
+    tensors, options = given(shape, ("lse",), torch.float32, lane.device)
+    if lane.backend in ("cuda", "triton"):
+        with pytest.raises(BackendError, match="head_dim 300"):
+            ours(lane.backend, options)(*tensors)
+    else:
+        check(ours(lane.backend, options), tensors, peer=torchs(shape, options))
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options(lane, name):
     """Each option alone, every dtype, all gradients."""
