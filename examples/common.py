@@ -1,5 +1,5 @@
-"""What the examples share: numbers on a command line, a text that every Python has, a training loop with a progress bar,
-and plots.
+"""What the examples share: numbers on a command line, a text that every Python has, a training loop with a progress
+bar, and plots.
 """
 
 from __future__ import annotations
