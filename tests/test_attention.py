@@ -271,6 +271,25 @@ def test_hidden_keys_may_hold_anything(lane, name):
             assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), (dtype, junk)
 
 
+def test_a_hidden_key_may_be_nan_in_every_lane(lane):
+    """Of k, whose scores a mask and a bias of -inf replace: outputs, dk, dv and dbias."""
+    q, k, v = make(SMALL, torch.float32, lane.device, grad=False)
+    kept = torch.ones(2, 1, 1, 13, dtype=torch.bool, device=lane.device)
+    kept[0, ..., 2] = kept[1, ..., 7:9] = False
+    bias = torch.randn(1, 4, 9, 13, device=lane.device)
+    for by_bias, softcap in ((True, None), (False, 2.0)):
+        found = []
+        for junk in (0.0, torch.nan, -torch.inf):
+            worse = k.masked_fill(~kept.view(2, 1, 13, 1), junk).requires_grad_()
+            values, term = v.clone().requires_grad_(), bias.expand(2, 4, 9, 13).clone()
+            term = (term.masked_fill(~kept, -torch.inf) if by_bias else term).requires_grad_()
+            options = {"mask": None if by_bias else kept, "softcap": softcap, "backend": lane.backend}
+            y = ops.attention(q, worse, values, bias=term, **options)
+            found.append((y, *torch.autograd.grad(y, (worse, values, term), torch.ones_like(y))))
+        for other in found[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
 def test_later_keys_may_hold_anything_on_the_cpu(level, value):
     """A key that other queries of the same block see leaves the rows that do not see it alone, and spoils those that

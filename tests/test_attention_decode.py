@@ -289,6 +289,14 @@ def test_explain_names_the_back_end(lane):
             ops.attention_decode(q.double(), *caches, lens, backend=lane.backend)
 
 
+def test_an_empty_cache_of_8_bits(lane):
+    empty = torch.zeros(2, 2, 8, 34, dtype=torch.uint8, device=lane.device)
+    lens = torch.zeros(2, dtype=torch.int32, device=lane.device)
+    q = torch.randn(2, 4, 1, 32, device=lane.device)
+    y, lse = ops.attention_decode(q, empty, empty, lens, return_lse=True, backend=lane.backend)
+    assert not y.any() and (lse == -torch.inf).all()
+
+
 CACHE, ONE = torch.zeros(2, 2, 8, 32), torch.tensor([3, 7])
 NESTED = torch.nested.nested_tensor([torch.zeros(2, 1, 32)] * 2)
 GOOD = {
