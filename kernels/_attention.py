@@ -91,7 +91,7 @@ def keys_of(
 def load_rows(at, lane, stride, rows, cols, EDGE: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr):
     """[lanes, BLOCK] from at [rows, cols], 0 outside. EDGE: lanes may lie behind rows; EVEN: cols is BLOCK."""
     row, col = lane[:, None], tl.arange(0, BLOCK)[None, :]
-    to = at + row.to(tl.int64) * stride + col
+    to = at + row * stride + col
     if EVEN:
         if EDGE:
             return tl.load(to, mask=row < rows, other=0.0)
@@ -106,7 +106,7 @@ def load_rows(at, lane, stride, rows, cols, EDGE: tl.constexpr, EVEN: tl.constex
 @triton.jit
 def store_rows(at, lane, stride, rows, cols, tile, BLOCK: tl.constexpr):
     row, col = lane[:, None], tl.arange(0, BLOCK)[None, :]
-    tl.store(at + row.to(tl.int64) * stride + col, tile.to(at.dtype.element_ty), mask=(row < rows) & (col < cols))
+    tl.store(at + row * stride + col, tile.to(at.dtype.element_ty), mask=(row < rows) & (col < cols))
 
 
 @triton.jit
@@ -137,7 +137,7 @@ def scores(
     inside = (row < n_q) & (key < n_k)
     if bias is not None:
         at = row.to(tl.int64) * bias_q + key.to(tl.int64) * bias_k
-        term = tl.load(bias + at, mask=inside, other=0.0).to(tl.float32) * LOG2E
+        term = tl.load(bias + at, mask=inside, other=float("-inf")).to(tl.float32) * LOG2E
         s = tl.where(term == float("-inf"), term, s + term)  # also where s is NaN
     if slope is not None:
         s -= slope * tl.abs(row + (n_k - n_q) - key).to(tl.float32)
