@@ -1,7 +1,10 @@
-"""What the examples share: a text that every Python has, a training loop with a progress bar, and plots."""
+"""What the examples share: numbers on a command line, a text that every Python has, a training loop with a progress
+bar, and plots.
+"""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -9,7 +12,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-__all__ = ["draw", "fit", "plot", "progress", "python_text"]
+__all__ = ["at_least", "draw", "fit", "plot", "progress", "python_text"]
+
+
+def at_least(least: int, multiple: int = 1) -> Callable[[str], int]:
+    """The type of a command line's whole number, of which ``multiple`` is a divisor."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least or value % multiple:
+            kind = f"a multiple of {multiple}, {least} or more" if multiple > 1 else f"{least} or more"
+            raise argparse.ArgumentTypeError(f"expected {kind}, got {value}")
+        return value
+
+    return number
 
 
 def python_text() -> str:
@@ -67,6 +83,7 @@ def draw(path: Path, paint: Callable, rows: int = 1, columns: int = 1, size: tup
 
     figure, axes = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     paint(axes)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     print(f"wrote {path}")

@@ -24,7 +24,7 @@ import sys
 from pathlib import Path
 
 import torch
-from common import draw, fit
+from common import at_least, draw, fit
 from torch import Tensor, nn
 
 import fastdl
@@ -174,13 +174,13 @@ def draw_hulls(path: Path, model: PointerNetwork, points: Tensor, targets: Tenso
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--steps", type=at_least(0), default=3000)
+    parser.add_argument("--hidden", type=at_least(1), default=128)
+    parser.add_argument("--batch", type=at_least(1), default=128)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--points", type=int, nargs=2, default=(5, 20), metavar=("LEAST", "MOST"), help="in training")
     parser.add_argument("--chosen", action=argparse.BooleanOptionalAction, default=True, help="mask chosen positions")
-    parser.add_argument("--held-out", type=int, default=500, help="sets of points of each size to be judged by")
+    parser.add_argument("--held-out", type=at_least(1), default=500, help="sets of points of each size to be judged by")
     parser.add_argument("--goal", type=float, default=0.9, help="least coverage on 20 points")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", type=Path, default=Path("pointer_network.png"))

@@ -28,7 +28,7 @@ from pathlib import Path
 from zlib import crc32
 
 import torch
-from common import draw, fit
+from common import at_least, draw, fit
 from torch import Tensor, nn
 
 import fastdl
@@ -186,11 +186,11 @@ def draw_maps(path: Path, cases: list[tuple[str, str, Tensor]]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=at_least(0), default=1200)
+    parser.add_argument("--hidden", type=at_least(2, 2), default=128)
+    parser.add_argument("--batch", type=at_least(1), default=64)
     parser.add_argument("--lr", type=float, default=4e-3)
-    parser.add_argument("--held-out", type=int, default=1000, help="examples of each task to be judged by")
+    parser.add_argument("--held-out", type=at_least(1), default=1000, help="examples of each task to be judged by")
     parser.add_argument("--goal", type=float, default=0.95, help="least share of answers that are right")
     parser.add_argument("--ask", nargs="*", default=[], help="questions of your own to the last of the tasks")
     parser.add_argument("--seed", type=int, default=0)

@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 
 import torch
-from common import fit, plot
+from common import at_least, fit, plot
 from torch import Tensor, nn
 
 import fastdl
@@ -83,13 +83,13 @@ class ReadProcessWrite(nn.Module):
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=10, help="numbers of a set")
-    parser.add_argument("--process", type=int, default=5, help="steps of the process block")
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--count", type=at_least(1), default=10, help="numbers of a set")
+    parser.add_argument("--process", type=at_least(0), default=5, help="steps of the process block")
+    parser.add_argument("--steps", type=at_least(0), default=1500)
+    parser.add_argument("--hidden", type=at_least(1), default=128)
+    parser.add_argument("--batch", type=at_least(1), default=128)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--held-out", type=int, default=1000, help="sets to be judged by")
+    parser.add_argument("--held-out", type=at_least(1), default=1000, help="sets to be judged by")
     parser.add_argument("--goal", type=float, default=0.9, help="least share of sets that are sorted")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", type=Path, default=Path("sort_sets.png"))

@@ -137,7 +137,8 @@ def scores(
     inside = (row < n_q) & (key < n_k)
     if bias is not None:
         at = row.to(tl.int64) * bias_q + key.to(tl.int64) * bias_k
-        s += tl.load(bias + at, mask=inside, other=0.0).to(tl.float32) * LOG2E
+        term = tl.load(bias + at, mask=inside, other=float("-inf")).to(tl.float32) * LOG2E
+        s = tl.where(term == float("-inf"), term, s + term)  # also where s is NaN
     if slope is not None:
         s -= slope * tl.abs(row + (n_k - n_q) - key).to(tl.float32)
     if mask is not None:
@@ -197,8 +198,8 @@ def gradients(s, curve, dp, top, less, seed, row, key, places, SOFTCAP: tl.const
         kept = weights(seed, row, key, places)
         dropped = p * kept
         dp *= kept
-    ds = p * (dp - less)
+    ds = tl.where(p == 0.0, 0.0, p * (dp - less))  # what is hidden: also where dp is NaN
     dt = ds
     if SOFTCAP:
-        dt = ds * (1.0 - curve * curve)
+        dt = tl.where(ds == 0.0, 0.0, ds * (1.0 - curve * curve))
     return dropped, ds, dt

@@ -243,6 +243,26 @@ def test_masked_keys_are_not_read(lane):
             torch.testing.assert_close(a, b)
 
 
+def test_what_a_query_does_not_see_changes_no_bit(lane):
+    """Neither padding nor a key that only other queries see chooses how a row is computed."""
+    q, k, v, w = make((1, 3, 21, 16, 5), torch.float32, lane.device, grad=False)
+    mask = torch.ones(1, 3, 21, dtype=torch.bool, device=lane.device)
+    mask[0, 1, 4] = mask[0, 1, 17] = False
+    expected = ops.additive_attention(q, k, v, w, mask=mask, backend=lane.backend)
+    for junk in (1e-3, 30.0, 1e30, INF):
+        k[0, 4], k[0, 17] = junk, -junk
+        found = ops.additive_attention(q, k, v, w, mask=mask, backend=lane.backend)
+        assert torch.equal(found[0, 1], expected[0, 1])
+    lens = torch.tensor([17], device=lane.device)
+    k[0, 4] = 0.5
+    expected = None
+    for junk in (0.0, 30.0, float("nan")):
+        k[0, 17:] = junk
+        found = ops.additive_attention(q, k, v, w, valid_lens=lens, backend=lane.backend)
+        expected = found if expected is None else expected
+        assert torch.equal(found, expected)
+
+
 def test_nan_and_inf(lane):
     """NaN in a query makes its row NaN, in a key that is seen every row of its sequence; infinities saturate tanh, and
     opposite ones make NaN."""

@@ -56,6 +56,17 @@ def test_many_blocks(lane, shape):
             check(ours(lane.backend, options), tensors, peer=torchs(shape, options))
 
 
+def test_wide_heads(lane):
+    """Over 256, which kernels for GPUs refuse."""
+    shape = (1, 2, 1, 3, 5, 300, 272)
+    tensors, options = given(shape, ("lse",), torch.float32, lane.device)
+    if lane.backend in ("cuda", "triton"):
+        with pytest.raises(BackendError, match="head_dim 300"):
+            ours(lane.backend, options)(*tensors)
+    else:
+        check(ours(lane.backend, options), tensors, peer=torchs(shape, options))
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options(lane, name):
     """Each option alone, all gradients."""
@@ -120,6 +131,16 @@ def test_packed_sequences(lane, names):
     if not names:
         flat = ops.attention(q[0], k[0], v[0], cu_seqlens_q=ends[0], cu_seqlens_k=ends[1], backend=lane.backend)
         assert torch.equal(flat, packed(q, k, v)[0])
+
+
+@pytest.mark.parametrize("window", [2**29, 2**31 - 1, 2**31, 2**63 - 1, 2**80])
+def test_huge_windows_are_no_windows(lane, window):
+    """No sum of a position and a window overflows, also where queries stand before the first key."""
+    for n_q in (4, 9):
+        q, k, v = make((1, 2, 1, n_q, 6, 16, 16), torch.float32, lane.device, grad=False)
+        wanted = ops.attention(q, k, v, backend=lane.backend)
+        for both in ((window, window), (window, -1), (-1, window)):
+            assert torch.equal(ops.attention(q, k, v, window=both, backend=lane.backend), wanted)
 
 
 def test_packed_dropout_is_the_references(lane):
@@ -206,6 +227,85 @@ def test_infinity_and_nan(lane, names):
         assert z[1, 2, 6].isnan().all()
         z[1, 2, 6] = 0
         assert z.isfinite().all()
+
+
+HIDDEN = {
+    "mask": lambda kept: {"mask": kept[:, None, None]},
+    "mask of pairs": lambda kept: {"mask": kept[:, None, None].expand(2, 4, 9, 200)},
+    "bias": lambda kept: {"bias": torch.zeros(kept.shape).masked_fill(~kept, -torch.inf)[:, None, None]},
+    "mask, softcap": lambda kept: {"mask": kept[:, None, None], "softcap": 2.0},
+    "mask, dropout": lambda kept: {"mask": kept[:, None, None], "dropout_p": 0.3},
+    "window": lambda kept: {"window": (3, 0)},
+    "lens": lambda kept: {"valid_lens": torch.tensor([90, 140])},
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_hidden_keys_may_hold_anything(lane, name):
+    """NaN and infinities in k and v of keys that no query sees change no bit of outputs and gradients."""
+    if lane.backend in ("cuda", "triton") and name not in ("lens",):
+        pytest.skip("kernels for GPUs multiply what is hidden by 0")
+    kept = torch.ones(2, 200, dtype=torch.bool, device=lane.device)
+    kept[0, :5] = kept[1, 50:70] = kept[:, 150:] = False
+    options = {
+        key: value.to(lane.device) if isinstance(value, torch.Tensor) else value
+        for key, value in HIDDEN[name](kept.cpu()).items()
+    }
+    if name == "lens":
+        kept = torch.arange(200, device=lane.device) < options["valid_lens"][:, None]
+    elif name == "window":
+        kept = (torch.arange(200, device=lane.device) >= 200 - 9 - 3).expand(2, 200)
+    for dtype in lane.dtypes[:2]:
+        q, k, v = make((2, 4, 2, 9, 200, 16, 24), dtype, lane.device, grad=False)
+        expected = None
+        for junk in (0.0, torch.nan, torch.inf):
+            tensors = [
+                q.clone().requires_grad_(),
+                *(t.masked_fill(~kept[:, None, :, None], junk).requires_grad_() for t in (k, v)),
+            ]
+            torch.manual_seed(5)
+            y, lse = ops.attention(*tensors, return_lse=True, backend=lane.backend, **options)
+            grads = torch.autograd.grad((y, lse), tensors, (torch.ones_like(y), torch.ones_like(lse)))
+            found = (y, lse, *grads)
+            expected = found if expected is None else expected
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), (dtype, junk)
+
+
+def test_a_hidden_key_may_be_nan_in_every_lane(lane):
+    """Of k, whose scores a mask and a bias of -inf replace: outputs, dk, dv and dbias."""
+    q, k, v = make(SMALL, torch.float32, lane.device, grad=False)
+    kept = torch.ones(2, 1, 1, 13, dtype=torch.bool, device=lane.device)
+    kept[0, ..., 2] = kept[1, ..., 7:9] = False
+    bias = torch.randn(1, 4, 9, 13, device=lane.device)
+    for by_bias, softcap in ((True, None), (False, 2.0)):
+        found = []
+        for junk in (0.0, torch.nan, -torch.inf):
+            worse = k.masked_fill(~kept.view(2, 1, 13, 1), junk).requires_grad_()
+            values, term = v.clone().requires_grad_(), bias.expand(2, 4, 9, 13).clone()
+            term = (term.masked_fill(~kept, -torch.inf) if by_bias else term).requires_grad_()
+            options = {"mask": None if by_bias else kept, "softcap": softcap, "backend": lane.backend}
+            y = ops.attention(q, worse, values, bias=term, **options)
+            found.append((y, *torch.autograd.grad(y, (worse, values, term), torch.ones_like(y))))
+        for other in found[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+def test_later_keys_may_hold_anything_on_the_cpu(level, value):
+    """A key that other queries of the same block see leaves the rows that do not see it alone, and spoils those that
+    do."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        q, k, v = make((1, 2, 1, 40, 140, 16, 16), dtype, grad=False)
+        wanted = ops.attention(q, k, v, causal=True, backend="cpu")
+        for which in (0, 1):
+            worse = [k.clone(), v.clone()]
+            worse[which][:, :, 120] = value  # query 20
+            tensors = [t.requires_grad_() for t in (q.clone(), *worse)]
+            y = ops.attention(*tensors, causal=True, backend="cpu")
+            assert torch.equal(y[:, :, :20], wanted[:, :, :20])
+            assert not y[:, :, 20:].isfinite().any() or (which == 0 and value == torch.inf)
+            (dq,) = torch.autograd.grad(y[:, :, :20].float().sum(), tensors[0])
+            assert dq[:, :, :20].isfinite().all()
 
 
 def test_blind_rows_have_no_gradient(lane):
@@ -358,6 +458,7 @@ def test_explain_names_the_back_end(lane):
 # ---- Bad input ------------------------------------------------------------------------------------------------------
 
 Q, K = torch.ones(2, 4, 5, 8), torch.ones(2, 2, 6, 8)
+NESTED = torch.nested.nested_tensor([torch.ones(5, 6), torch.ones(5, 6)])
 PACKED = {"q": torch.ones(4, 5, 8), "k": torch.ones(2, 5, 8), "v": torch.ones(2, 5, 8)}
 
 
@@ -386,6 +487,16 @@ PACKED = {"q": torch.ones(4, 5, 8), "k": torch.ones(2, 5, 8), "v": torch.ones(2,
         ({"window": (1, -2)}, ValueError, "window: expected numbers of keys, or -1"),
         ({"softcap": 0.0}, ValueError, "softcap: expected a number > 0"),
         ({"softcap": "1"}, TypeError, "softcap: expected a number"),
+        ({"softcap": float("inf")}, ValueError, "softcap: expected a number > 0"),
+        ({"softcap": 1e-300}, ValueError, "softcap: expected a number > 0"),  # 0 in float32, which would be no cap
+        ({"scale": float("nan")}, ValueError, "scale: expected a finite number"),
+        ({"scale": 1e300}, ValueError, "scale: expected a finite number"),
+        ({"scale": 1j}, TypeError, "scale: expected a number, got complex"),
+        ({"causal": torch.ones(5, 6) > 0}, TypeError, "causal: expected True or False, got Tensor"),
+        ({"causal": None}, TypeError, "causal: expected True or False, got NoneType"),
+        ({"bias": NESTED}, TypeError, "bias: expected a floating point tensor or None, got torch.float32, nested"),
+        ({"alibi_slopes": NESTED}, TypeError, "alibi_slopes: expected a floating point tensor or None.*nested"),
+        ({"mask": torch.nested.nested_tensor([torch.ones(5, 6) > 0])}, TypeError, "mask: expected a boolean.*nested"),
         ({"dropout_p": 1.5}, ValueError, "dropout_p: expected 0 <= p <= 1"),
         ({"alibi_slopes": torch.ones(3)}, ValueError, r"alibi_slopes: expected shape \(4,\) or \(2, 4\)"),
         ({"alibi_slopes": torch.ones(4, requires_grad=True)}, ValueError, "alibi_slopes: expected constants"),
@@ -393,7 +504,7 @@ PACKED = {"q": torch.ones(4, 5, 8), "k": torch.ones(2, 5, 8), "v": torch.ones(2,
         (PACKED | {"cu_seqlens_k": torch.tensor([0, 5])}, ValueError, "cu_seqlens_q: expected the ends"),
         (PACKED | {"cu_seqlens_q": torch.tensor([0, 4])}, ValueError, "cu_seqlens_q: expected values from 0 to 5"),
         (PACKED | {"cu_seqlens_q": torch.tensor([0, 4, 3, 5])}, ValueError, "never fall, got 4 before 3"),
-        (PACKED | {"cu_seqlens_q": torch.tensor([0.0, 5.0])}, TypeError, "cu_seqlens_q: expected an int32 or int64"),
+        (PACKED | {"cu_seqlens_q": torch.tensor([0.0, 5.0])}, TypeError, "cu_seqlens_q: expected an int64 or int32"),
         (
             PACKED | {"cu_seqlens_q": torch.tensor([0, 5]), "cu_seqlens_k": torch.tensor([0, 2, 5])},
             ValueError,

@@ -289,7 +289,16 @@ def test_explain_names_the_back_end(lane):
             ops.attention_decode(q.double(), *caches, lens, backend=lane.backend)
 
 
+def test_an_empty_cache_of_8_bits(lane):
+    empty = torch.zeros(2, 2, 8, 34, dtype=torch.uint8, device=lane.device)
+    lens = torch.zeros(2, dtype=torch.int32, device=lane.device)
+    q = torch.randn(2, 4, 1, 32, device=lane.device)
+    y, lse = ops.attention_decode(q, empty, empty, lens, return_lse=True, backend=lane.backend)
+    assert not y.any() and (lse == -torch.inf).all()
+
+
 CACHE, ONE = torch.zeros(2, 2, 8, 32), torch.tensor([3, 7])
+NESTED = torch.nested.nested_tensor([torch.zeros(2, 1, 32)] * 2)
 GOOD = {
     "q": torch.zeros(2, 4, 1, 32), "k_cache": CACHE, "v_cache": CACHE.clone(), "cache_lens": ONE,
     "k_new": torch.zeros(2, 2, 1, 32), "v_new": torch.zeros(2, 2, 1, 32),
@@ -308,7 +317,7 @@ GOOD = {
         ({"k_cache": torch.zeros(2, 2, 8, 35, dtype=torch.uint8)}, ValueError, "expected a multiple of 34 bytes"),
         ({"v_cache": CACHE.half()}, TypeError, "v_cache: expected the dtype of k_cache"),
         ({"v_cache": torch.zeros(2, 2, 9, 32)}, ValueError, r"v_cache: expected \(2, 2, 8\) as in k_cache"),
-        ({"cache_lens": torch.tensor([3.0, 1.0])}, TypeError, "cache_lens: expected an int32 or int64"),
+        ({"cache_lens": torch.tensor([3.0, 1.0])}, TypeError, "cache_lens: expected an int64 or int32"),
         ({"cache_lens": torch.tensor([3])}, ValueError, r"cache_lens: expected shape \(2,\)"),
         ({"cache_lens": torch.tensor([3, 8])}, ValueError, r"sequence 1 would hold 8 \+ 1 positions, expected 0 to 8"),
         ({"cache_lens": torch.tensor([-1, 3])}, ValueError, r"cache_lens: sequence 0 would hold -1 \+ 1"),
@@ -316,7 +325,7 @@ GOOD = {
         ({"k_new": torch.zeros(2, 2, 1, 16)}, ValueError, "k_new: expected shape"),
         ({"v_new": torch.zeros(2, 2, 2, 32)}, ValueError, "v_new: expected shape"),
         ({"k_new": torch.zeros(2, 2, 1, 32).half()}, TypeError, "k_new: expected the dtype of q"),
-        ({"block_table": torch.zeros(2, 2)}, TypeError, "block_table: expected an int32 or int64"),
+        ({"block_table": torch.zeros(2, 2)}, TypeError, "block_table: expected an int64 or int32"),
         ({"block_table": torch.zeros(3, 2, dtype=torch.long)}, ValueError, r"expected shape \(2, blocks\)"),
         ({"block_table": torch.tensor([[0], [5]])}, ValueError, "expected blocks 0 to 1, got 5 for sequence 1"),
         ({"cos_sin": torch.zeros(4, 33)}, ValueError, "cos_sin: expected float32"),
@@ -325,6 +334,14 @@ GOOD = {
         ({"softcap": -1.0}, ValueError, "softcap: expected a number > 0"),
         ({"window": (1,)}, TypeError, "window: expected"),
         ({"alibi_slopes": torch.ones(3)}, ValueError, "alibi_slopes: expected shape"),
+        ({"cos_sin": [1.0]}, TypeError, "cos_sin: expected a floating point tensor or None, got list"),
+        ({"k_new": NESTED}, TypeError, "k_new: expected the dtype of q.*nested"),
+        ({"k_cache": NESTED}, TypeError, "k_cache: expected float32.*nested"),
+        ({"causal": "no"}, TypeError, "causal: expected True or False, got str"),
+        ({"scale": float("nan")}, ValueError, "scale: expected a finite number"),
+        ({"k_cache": CACHE, "v_cache": CACHE}, ValueError, "v_cache: expected memory of its own to write to"),
+        ({"k_cache": CACHE[:1].expand(2, 2, 8, 32)}, ValueError, "k_cache: expected memory for every element"),
+        ({"v_cache": torch.zeros(2, 2, 8, 32, requires_grad=True)}, ValueError, "v_cache: expected no gradient"),
     ],
 )  # fmt: skip
 def test_bad_input(change, error, message):

@@ -72,6 +72,19 @@ def test_pointer_network(tmp_path):
     assert result.returncode == 2 and "the lesser first" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("name", "flag", "value", "message"),
+    [
+        ("pointer_network.py", "--batch", 0, "expected 1 or more, got 0"),
+        ("seq2seq.py", "--hidden", 7, "expected a multiple of 2, 2 or more, got 7"),
+        ("sort_sets.py", "--held-out", 0, "expected 1 or more, got 0"),
+    ],
+)
+def test_odd_numbers_are_refused_before_anything_is_trained(name, flag, value, message, tmp_path):
+    result = example(name, flag, value, folder=tmp_path)
+    assert result.returncode == 2 and f"argument {flag}: {message}" in result.stderr
+
+
 def check_that_loss_falls(text, times=1):
     found = re.findall(r"loss ([\d.]+) -> ([\d.]+) in", text)
     assert len(found) == times and all(float(last) < float(first) for first, last in found), text

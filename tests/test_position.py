@@ -332,7 +332,7 @@ def test_bad_input(change, error, message):
 
 def test_bad_input_to_tables():
     for call, message in (
-        (lambda: ops.sinusoidal_table(-1, 8), "length, start: expected numbers >= 0, got -1 and 0"),
+        (lambda: ops.sinusoidal_table(-1, 8), "length: expected a number >= 0, got -1"),
         (lambda: ops.sinusoidal_table(4, 0), "dim: expected a number >= 1, got 0"),
         (lambda: ops.sinusoidal_table(4, 8, base=1.0), "base: expected a finite number > 1"),
         (lambda: ops.alibi_slopes(0), "heads: expected a number >= 1, got 0"),

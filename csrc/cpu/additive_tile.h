@@ -5,7 +5,7 @@
 // costs a multiply-add for n, an addition, an approximate reciprocal (14 bits), three operations that make it the quotient
 // (AVX2: 12 bits, five), and the multiply-add into the score: 5 on the ports of multiply-adds, one addition and one
 // reciprocal, where a polynomial tanh takes some 25 and a division. Three ways, chosen by the largest |q| of the query and
-// |k| of the tile (and by nothing else, so that no row depends on another):
+// |k| of the keys of the tile that it sees (and by nothing else, so that no row depends on another, or on padding):
 //   RATIO   their sum is below 40, so that products stay finite: as above. Errors are those of numbers of size 1.
 //   SMALL   |k| <= 1/2 as well: n = (exp(2q) - 1) exp(2k) + (exp(2k) - 1), whose error shrinks with q and k.
 //   WIDE    everything else, NaN and infinities too: tanh of the sum by polynomial and exp. This is the simple kernel.
@@ -106,7 +106,7 @@ void prepare_queries(const AdditiveArgs& a, int64_t n, int64_t i0, int64_t i1, f
 struct Tile {
   float *x, *e, *less_one, *tanh, *v;  // rows of the padded hidden size, and of the padded d_v
   int64_t padded, padded_v;
-  float most;  // the largest |k|
+  float most[ADDITIVE_TILE];  // the largest |k| of each key
 
   Tile(const AdditiveArgs& a, float* work)
       : x(work),
@@ -115,16 +115,13 @@ struct Tile {
         tanh(less_one + ADDITIVE_TILE * additive_padded(a.hidden)),
         v(tanh + ADDITIVE_TILE * additive_padded(a.hidden)),
         padded(additive_padded(a.hidden)),
-        padded_v(additive_padded(a.d_v)),
-        most(0.0f) {}
+        padded_v(additive_padded(a.d_v)) {}
 
   template <class T>
   void prepare_keys(const AdditiveArgs& a, int64_t n, int64_t j0, int64_t j1) {
-    most = 0.0f;
     for (int64_t j = 0; j < j1 - j0; ++j) {
       copy_row<T>((const typename T::Element*)a.k + n * a.k_batch + (j0 + j) * a.k_row, a.hidden, x + j * padded);
-      const float found = largest(x + j * padded, padded);
-      most = found > most ? found : most;
+      most[j] = largest(x + j * padded, padded);
     }
     exponentials_of(x, (j1 - j0) * padded, e, less_one);
   }
@@ -134,11 +131,6 @@ struct Tile {
     for (int64_t j = j0; j < j1; ++j)
       copy_row<T>((const typename T::Element*)a.v + n * a.v_batch + j * a.v_row, a.d_v, v + (j - j0) * padded_v);
     memset(v + (j1 - j0) * padded_v, 0, (size_t)((ADDITIVE_TILE - (j1 - j0)) * padded_v) * sizeof(float));
-  }
-
-  Way way(const Query& q) const {
-    if (!(q.most + most <= WIDE_FROM)) return Way::WIDE;
-    return most <= SMALL_TO ? Way::SMALL : Way::RATIO;
   }
 };
 
@@ -158,6 +150,13 @@ struct Active {
     }
   }
 };
+
+inline Way way_of(const Query& q, const Tile& t, const Active& active) {
+  float most = 0.0f;
+  for (int64_t c = 0; c < active.count; ++c) most = t.most[active.at[c]] > most ? t.most[active.at[c]] : most;
+  if (!(q.most + most <= WIDE_FROM)) return Way::WIDE;
+  return most <= SMALL_TO ? Way::SMALL : Way::RATIO;
+}
 
 // Scores of four keys. KEEP leaves tanh in the tile, which the derivative needs.
 template <Way WAY, bool KEEP>
@@ -207,7 +206,7 @@ void score_way(const AdditiveArgs& a, const Query& q, const Tile& t, const Activ
 template <bool KEEP>
 Way score(const AdditiveArgs& a, const Query& q, const Tile& t, const Active& active, float* scores) {
   for (int j = 0; j < 16; ++j) scores[j] = MINUS_INFINITY;
-  const Way way = t.way(q);
+  const Way way = way_of(q, t, active);
   switch (way) {
     case Way::RATIO: score_way<Way::RATIO, KEEP>(a, q, t, active, scores); break;
     case Way::SMALL: score_way<Way::SMALL, KEEP>(a, q, t, active, scores); break;

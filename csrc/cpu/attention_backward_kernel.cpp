@@ -18,12 +18,14 @@ struct BackwardScratch {
   float *q_rows, *do_rows;   // [COLUMNS][D], [COLUMNS][D_v]
   float *p, *ds, *slope;     // [KEYS][COLUMNS]
   float *k, *v, *dk, *dv;    // [KEYS][D], [KEYS][D_v]
+  float* finite;             // [KEYS][D]: keys whose elements that are not finite are 0
   float *lse, *low, *delta;  // [COLUMNS]; lse in base 2, and what that rounds off
   OptionScratch options;
 };
 
 FASTDL_INLINE int64_t backward_floats(const AttentionCall& a) {
-  return 2 * (whole(a.head_dim) + whole(a.d_v)) * (COLUMNS + KEYS) + 3 * KEYS * COLUMNS + 3 * COLUMNS + OPTION_FLOATS;
+  return 2 * (whole(a.head_dim) + whole(a.d_v)) * (COLUMNS + KEYS) + whole(a.head_dim) * KEYS + 3 * KEYS * COLUMNS +
+         3 * COLUMNS + OPTION_FLOATS;
 }
 
 FASTDL_INLINE BackwardScratch backward_scratch(const AttentionCall& a, void* memory) {
@@ -39,6 +41,7 @@ FASTDL_INLINE BackwardScratch backward_scratch(const AttentionCall& a, void* mem
   s.q_rows = take(d * COLUMNS), s.do_rows = take(dv * COLUMNS);
   s.p = take(KEYS * COLUMNS), s.ds = take(KEYS * COLUMNS), s.slope = take(KEYS * COLUMNS);
   s.k = take(KEYS * d), s.v = take(KEYS * dv), s.dk = take(KEYS * d), s.dv = take(KEYS * dv);
+  s.finite = take(KEYS * d);
   s.lse = take(COLUMNS), s.low = take(COLUMNS), s.delta = take(COLUMNS);
   s.options.row = take(KEYS), s.options.top = take(COLUMNS);
   s.options.seen = (uint32_t*)take(KEYS / 32 * COLUMNS), s.options.keep = take(KEYS * COLUMNS);
@@ -108,7 +111,7 @@ void score_gradients(const AttentionCall& a, const Columns& c, int64_t key, int6
       const vf t = vsub(vfma(vload(f.p + at), times, vsub(zero, lse)), low);
       vf p = vselect_le(t, lowest, zero, vexp2(t)), dp = vload(f.ds + at);
       if (a.dropout) dp = vmul(dp, vload(f.options.keep + at));
-      vstore(f.ds + at, vmul(p, vsub(dp, delta)));
+      vstore(f.ds + at, vselect_le(t, lowest, zero, vmul(p, vsub(dp, delta))));  // hidden: also where dp is NaN
       if (a.dropout) p = vmul(p, vload(f.options.keep + at));
       vstore(f.p + at, p);
     }
@@ -142,7 +145,8 @@ void through_cap(const AttentionCall& a, const Columns& c, int64_t keys, const B
   for (int64_t j = 0; j < keys; ++j)
     for (int v = 0; v < c.vectors; ++v) {
       const int64_t at = j * COLUMNS + v * LANES;
-      vstore(f.ds + at, vmul(vload(f.ds + at), vload(f.slope + at)));
+      const vf ds = vload(f.ds + at);
+      vstore(f.ds + at, vselect_le(vabs(ds), vset1(0.0f), ds, vmul(ds, vload(f.slope + at))));
     }
 }
 
@@ -152,6 +156,34 @@ void write_rows(const float* from, int64_t ld, int64_t rows, int64_t n, float fa
   for (int64_t j = 0; j < rows; ++j)
     for (int64_t i = 0; i < n; i += LANES)
       put<T>(to, at + j * stride + i, vmul(vload(from + j * ld + i), vset1(factor)), n - i);
+}
+
+// The keys as the product with ds takes them: where some are not finite, those become 0, and `lost` is set.
+template <class T>
+KeyRows finite_keys(const AttentionCall& a, const AttentionSequence& s, int64_t key, int64_t keys, const KeyRows& rows,
+                    const BackwardScratch& f, bool* lost) {
+  const int64_t d = a.head_dim, ld = whole(d), at = key_place(a.k_at, s, key);
+  *lost = false;
+  for (int64_t j = 0; j < keys; ++j) {
+    float* const row = f.finite + j * ld;
+    row_to_floats<T>(a.k, at + j * a.k_at.row, d, 1.0f, row);
+    if (all_finite(row, ld)) continue;
+    for (int64_t i = 0; i < ld; i += LANES) vstore(row + i, finite(vload(row + i)));
+    *lost = true;
+  }
+  return *lost ? KeyRows{f.finite, rows.v, ld, rows.v_stride} : rows;
+}
+
+// What the product of ds with such keys lacks.
+template <class T>
+void add_lost_keys(const AttentionCall& a, const AttentionSequence& s, const Columns& c, int64_t key, int64_t keys,
+                   const BackwardScratch& f, float* dq) {
+  const int64_t d = a.head_dim, at = key_place(a.k_at, s, key);
+  float* const row = f.q_rows;  // read again for the next columns
+  for (int64_t j = 0; j < keys; ++j) {
+    row_to_floats<T>(a.k, at + j * a.k_at.row, d, 1.0f, row);
+    if (!all_finite(row, whole(d))) add_not_finite(row, d, f.ds + j * COLUMNS, c.vectors, dq);
+  }
 }
 
 template <class T>
@@ -165,6 +197,8 @@ void backward_any(const AttentionCall& a, const AttentionSequence& s, int64_t ke
     memset(f.dk, 0, (size_t)(keys * ld) * sizeof(float));
     memset(f.dv, 0, (size_t)(keys * ldv) * sizeof(float));
     const KeyRows rows = load_keys<T>(a, s, key, keys, f);
+    bool lost;
+    const KeyRows safe = finite_keys<T>(a, s, key, keys, rows, f, &lost);
     for (int64_t first = 0; first < columns; first += COLUMNS) {
       Columns c;
       set_columns(a, s, first, columns - first < COLUMNS ? columns - first : COLUMNS, c);
@@ -173,10 +207,11 @@ void backward_any(const AttentionCall& a, const AttentionSequence& s, int64_t ke
       score_gradients(a, c, key, keys, rows, f);
       if (a.dbias) add_to_bias(a, s, c, key, keys, f);
       through_cap(a, c, keys, f);
-      product<ADD>(rows.k, 1, rows.k_stride, f.ds, COLUMNS, keys, dq_part + first / COLUMNS * d * COLUMNS, COLUMNS, d,
-                   c.vectors);
+      float* const dq = dq_part + first / COLUMNS * d * COLUMNS;
+      product<ADD>(safe.k, 1, safe.k_stride, f.ds, COLUMNS, keys, dq, COLUMNS, d, c.vectors);
       product<ADD>(f.ds, COLUMNS, 1, f.q_rows, ld, c.count, f.dk, ld, keys, (int)(ld / LANES));
       product<ADD>(f.p, COLUMNS, 1, f.do_rows, ldv, c.count, f.dv, ldv, keys, (int)(ldv / LANES));
+      if (lost) add_lost_keys<T>(a, s, c, key, keys, f, dq);
     }
     write_rows<T>(f.dk, ld, keys, d, a.scale, a.dk, key_place(a.dk_at, s, key), a.dk_at.row);
     write_rows<T>(f.dv, ldv, keys, dv, 1.0f, a.dv, key_place(a.dv_at, s, key), a.dv_at.row);

@@ -236,6 +236,16 @@ inline void dropout_tile(const AttentionCall& a, const Columns& c, int64_t key, 
     }
 }
 
+// out [n][COLUMNS] += weights * row[n], only of elements that are not finite, and only where a weight is not 0: 0 times NaN
+// is NaN, and a key that is hidden adds nothing.
+inline void add_not_finite(const float* row, int64_t n, const float* weights, int vectors, float* out) {
+  for (int64_t k = 0; k < n; ++k) {
+    if (is_finite(row[k])) continue;
+    for (int64_t i = 0; i < vectors * LANES; ++i)
+      if (weights[i] != 0.0f) out[k * COLUMNS + i] += weights[i] * row[k];
+  }
+}
+
 // Where the elements of a column begin.
 FASTDL_INLINE int64_t place_of(const AttentionStrides& at, const AttentionSequence& s, const Columns& c,
                                int64_t column) {

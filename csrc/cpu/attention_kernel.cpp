@@ -135,16 +135,65 @@ void write_out(const AttentionCall& a, const AttentionSequence& s, const Columns
   }
 }
 
+// The values of a block as a product takes them.
+struct Values {
+  const float* rows;
+  int64_t stride;
+};
+
+// 16-bit types become floats in f.v, or pairs. careful: elements that are not finite become 0.
+template <class T, bool PAIRS>
+Values load_values(const AttentionCall& a, int64_t at, int64_t keys, bool careful, const ForwardScratch& f) {
+  const int64_t ld = whole(a.d_v);
+  if constexpr (PAIRS) {
+#if defined(FASTDL_NATIVE_BF16)
+    uint16_t* const pairs = (uint16_t*)f.v;
+    pair_rows((const uint16_t*)a.v + at, a.v_at.row, keys, a.d_v, (uint32_t*)pairs, ld);
+    for (int64_t i = 0; careful && i < (keys + 1) / 2 * 2 * ld; ++i)
+      if ((pairs[i] & 0x7f80) == 0x7f80) pairs[i] = 0;
+#endif
+  } else {
+    if (__is_same(T, F32) && !careful) return {(const float*)a.v + at, a.v_at.row};
+    for (int64_t j = 0; j < keys; ++j) {
+      float* const row = f.v + j * ld;
+      row_to_floats<T>(a.v, at + j * a.v_at.row, a.d_v, 1.0f, row);
+      for (int64_t i = 0; careful && i < ld; i += LANES) vstore(row + i, finite(vload(row + i)));
+    }
+  }
+  return {f.v, ld};
+}
+
+// What careful values lack, after their product.
+template <class T, bool PAIRS>
+void add_lost_values(const AttentionCall& a, int64_t at, int64_t keys, int vectors, const ForwardScratch& f) {
+  const int64_t ld = whole(a.d_v);
+  float* const row = PAIRS ? f.v + KEYS / 2 * ld : f.v;  // behind the pairs
+  for (int64_t j = 0; j < keys; ++j) {
+    row_to_floats<T>(a.v, at + j * a.v_at.row, a.d_v, 1.0f, row);
+    if (all_finite(row, ld)) continue;
+    float weights[COLUMNS];
+    if (PAIRS) {
+      for (int64_t i = 0; i < vectors * LANES; ++i) {
+        const uint32_t both = f.pairs[j / 2 * COLUMNS + i], bits = j % 2 ? both & 0xffff0000u : both << 16;
+        memcpy(weights + i, &bits, sizeof bits);
+      }
+    } else {
+      memcpy(weights, f.scores + j * COLUMNS, (size_t)(vectors * LANES) * sizeof(float));
+    }
+    add_not_finite(row, a.d_v, weights, vectors, f.out);
+  }
+}
+
+inline bool outputs_are_finite(const AttentionCall& a, int vectors, const ForwardScratch& f) {
+  for (int64_t k = 0; k < a.d_v; ++k)
+    if (!all_finite(f.out + k * COLUMNS, vectors * LANES)) return false;
+  return true;
+}
+
 // PAIRS: bfloat16 in pairs. T: the type of keys and values.
 template <class T, bool PAIRS>
-void forward_any(const AttentionCall& a, const AttentionSequence& s, int64_t first, int64_t count, int64_t key0,
-                 int64_t key1, float* partial, void* memory) {
-  Columns c;
-  set_columns(a, s, first, count, c);
-  const ForwardScratch f = forward_scratch(a, memory);
-  const int64_t d = a.head_dim, dv = a.d_v, ld = whole(d), ldv = whole(dv);
-  const float unit = unit_of_scores(a);
-
+void load_queries(const AttentionCall& a, const AttentionSequence& s, const Columns& c, const ForwardScratch& f) {
+  const int64_t d = a.head_dim, ld = whole(d);
   const float* rows[LANES];
   for (int i = 0; i < LANES; ++i) rows[i] = f.row + i * ld;
   for (int v = 0; v < c.vectors; ++v) {
@@ -158,6 +207,15 @@ void forward_any(const AttentionCall& a, const AttentionSequence& s, int64_t fir
     }
     transpose_to_tile(rows, 1, PAIRS ? d / 2 : d, f.q + v * LANES, COLUMNS);
   }
+}
+
+// The sums over the keys key0 .. key1, and their greatest scores, into f. careful: a value that is not finite adds nothing
+// where its weight is 0.
+template <class T, bool PAIRS>
+void forward_blocks(const AttentionCall& a, const AttentionSequence& s, const Columns& c, int64_t key0, int64_t key1,
+                    bool careful, const ForwardScratch& f) {
+  const int64_t d = a.head_dim, dv = a.d_v, ld = whole(d), ldv = whole(dv);
+  const float unit = unit_of_scores(a);
   for (int64_t i = 0; i < c.vectors * LANES; ++i) f.top[i] = -INFINITY, f.sum[i] = 0.0f;
 
   const int64_t begin = (c.first > key0 ? c.first : key0) / KEYS * KEYS, end = c.last < key1 ? c.last : key1;
@@ -183,30 +241,37 @@ void forward_any(const AttentionCall& a, const AttentionSequence& s, int64_t fir
     if (changed) apply_options(a, c, key, keys, f.options, f.scores);
     if (a.dropout) dropout_tile(a, c, key, keys, f.options);
     softmax_block<PAIRS>(f, c.vectors, keys, unit, changed, a.dropout ? f.options.keep : nullptr);
+    const Values v = load_values<T, PAIRS>(a, v_at, keys, careful, f);
     if constexpr (PAIRS) {
 #if defined(FASTDL_NATIVE_BF16)
-      uint32_t* const pairs = (uint32_t*)f.v;
-      pair_rows((const uint16_t*)a.v + v_at, a.v_at.row, keys, dv, pairs, ldv);
+      const uint16_t* const pairs = (const uint16_t*)v.rows;
       if (key == begin)
-        product_pairs<ZERO>((const uint16_t*)pairs, 2, 2 * ldv, f.pairs, COLUMNS, (keys + 1) / 2, f.out, COLUMNS, dv,
-                            c.vectors);
+        product_pairs<ZERO>(pairs, 2, 2 * ldv, f.pairs, COLUMNS, (keys + 1) / 2, f.out, COLUMNS, dv, c.vectors);
       else
-        product_pairs<RESCALE>((const uint16_t*)pairs, 2, 2 * ldv, f.pairs, COLUMNS, (keys + 1) / 2, f.out, COLUMNS, dv,
-                               c.vectors, f.rescale);
+        product_pairs<RESCALE>(pairs, 2, 2 * ldv, f.pairs, COLUMNS, (keys + 1) / 2, f.out, COLUMNS, dv, c.vectors,
+                               f.rescale);
 #endif
     } else {
-      const float* v = (const float*)a.v + v_at;
-      int64_t stride = a.v_at.row;
-      if constexpr (!__is_same(T, F32)) {
-        for (int64_t j = 0; j < keys; ++j) row_to_floats<T>(a.v, v_at + j * a.v_at.row, dv, 1.0f, f.v + j * ldv);
-        v = f.v, stride = ldv;
-      }
       if (key == begin)
-        product<ZERO>(v, 1, stride, f.scores, COLUMNS, keys, f.out, COLUMNS, dv, c.vectors);
+        product<ZERO>(v.rows, 1, v.stride, f.scores, COLUMNS, keys, f.out, COLUMNS, dv, c.vectors);
       else
-        product<RESCALE>(v, 1, stride, f.scores, COLUMNS, keys, f.out, COLUMNS, dv, c.vectors, f.rescale);
+        product<RESCALE>(v.rows, 1, v.stride, f.scores, COLUMNS, keys, f.out, COLUMNS, dv, c.vectors, f.rescale);
     }
+    if (careful) add_lost_values<T, PAIRS>(a, v_at, keys, c.vectors, f);
   }
+}
+
+template <class T, bool PAIRS>
+void forward_any(const AttentionCall& a, const AttentionSequence& s, int64_t first, int64_t count, int64_t key0,
+                 int64_t key1, float* partial, void* memory) {
+  Columns c;
+  set_columns(a, s, first, count, c);
+  const ForwardScratch f = forward_scratch(a, memory);
+  const int64_t dv = a.d_v;
+  load_queries<T, PAIRS>(a, s, c, f);
+  forward_blocks<T, PAIRS>(a, s, c, key0, key1, false, f);
+  // 0 times NaN is NaN: what a hidden value has spoilt is computed again.
+  if (!outputs_are_finite(a, c.vectors, f)) forward_blocks<T, PAIRS>(a, s, c, key0, key1, true, f);
   if (partial) {
     memcpy(partial, f.out, (size_t)(dv * COLUMNS) * sizeof(float));
     memcpy(partial + dv * COLUMNS, f.top, (size_t)COLUMNS * sizeof(float));

@@ -192,6 +192,16 @@ FASTDL_INLINE void transpose_to_tile(const float* const* rows, int vectors, int6
 
 FASTDL_INLINE int64_t whole(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 
+// x where it is finite, else 0.
+FASTDL_INLINE vf finite(vf x) { return vselect_le(vabs(x), vset1(3.40282347e38f), x, vset1(0.0f)); }
+inline bool is_finite(float x) { return x - x == 0.0f; }
+
+inline bool all_finite(const float* x, int64_t n) {  // n: whole vectors
+  vf rest = vset1(0.0f);
+  for (int64_t i = 0; i < n; i += LANES) rest = vadd(rest, vsub(vload(x + i), vload(x + i)));
+  return vsum(rest) == 0.0f;
+}
+
 // A row of n elements as floats, times a factor; zeros up to a whole vector.
 template <class T>
 FASTDL_INLINE void row_to_floats(const void* base, int64_t at, int64_t n, float factor, float* to) {

@@ -6,7 +6,7 @@
 // takes one reciprocal of the special function unit (16 a clock and multiprocessor) and five multiply-adds and additions
 // (128 a clock); the score is one more. That unit bounds it: 16 elements of [queries, keys, hidden] a clock and
 // multiprocessor; tanhf takes two of its operations and some 20 others. Small keys and wide ranges have ways of their own,
-// chosen by the largest |q| of the query and |k| of the tile, as in csrc/cpu/additive_tile.h.
+// chosen by the largest |q| of the query and |k| of the keys of the tile that it sees, as in csrc/cpu/additive_tile.h.
 // A block has 16 queries, 4 a warp, and tiles of 32 keys, one a lane, so that no score is summed across lanes; hidden
 // units pass through shared memory 32 at a time. Keys are cut into chunks by their number alone; the state of each
 // (largest score, sum of exponentials, sum of values) goes to memory and `additive_attention_merge` puts them together.
@@ -197,11 +197,12 @@ __device__ __forceinline__ void additive_scores(const Additive<T>& a, AdditiveSh
                                                 int64_t j0, int (&ways)[kAdditiveEach],
                                                 float (&scores)[kAdditiveEach]) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const float k_most = warp_max(j0 + lane < a.keys ? a.k_e.most[n * a.keys + j0 + lane] : 0.0f);
+  const float mine = j0 + lane < a.keys ? a.k_e.most[n * a.keys + j0 + lane] : 0.0f;
   bool same = true;
 #pragma unroll
   for (int u = 0; u < kAdditiveEach; ++u) {
     const int64_t i = i0 + warp * kAdditiveEach + u;
+    const float k_most = warp_max(additive_seen(a, n, i, j0 + lane) ? mine : 0.0f);
     ways[u] = i < a.queries ? additive_way(a.q_e.most[n * a.queries + i], k_most) : ways[0];
     same = same && ways[u] == ways[0];
     scores[u] = 0.0f;

@@ -182,7 +182,9 @@ struct GeneralScore {
     }
     if (bias) {
       const int64_t at = query * a.bias_stride[2] + key * a.bias_stride[3];
-      t += a.bias_is_float ? reinterpret_cast<const float*>(bias)[at] : to_float(reinterpret_cast<const T*>(bias)[at]);
+      const float term =
+          a.bias_is_float ? reinterpret_cast<const float*>(bias)[at] : to_float(reinterpret_cast<const T*>(bias)[at]);
+      t = term == -INFINITY ? term : t + term;  // also where t is NaN
     }
     if (a.slopes) t -= slope * static_cast<float>(abs(query + place.n_k - place.n_q - key));
     if (mask && !mask[query * a.mask_stride[2] + key * a.mask_stride[3]]) t = -INFINITY;

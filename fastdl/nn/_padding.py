@@ -26,3 +26,9 @@ def kept_by(additive: Tensor) -> Tensor | None:
         return None
     kept = additive == 0
     return kept if bool((kept | (additive == -torch.inf)).all()) else None
+
+
+def without_hidden(values: Tensor, weights: Tensor) -> Tensor:
+    """values [..., keys, size] with zeros where no query has a weight [..., queries, keys]: padding may hold NaN, and 0
+    times NaN is NaN."""
+    return values.masked_fill(~(weights != 0).any(-2).unsqueeze(-1), 0.0)

@@ -44,6 +44,8 @@ class GrowingTable:
 def rows_needed(positions: Tensor | int, n: int, rows: int) -> int:
     """How many rows a call needs: known for an int and for a tensor on the CPU; else those that there are."""
     if not isinstance(positions, Tensor):
+        if not isinstance(positions, (int, torch.SymInt)):
+            raise TypeError(f"positions: expected an int or an int64 tensor, got {type(positions).__name__}")
         return positions + n
     if positions.device.type != "cpu" or is_compiling() or not positions.numel():
         return rows

@@ -24,6 +24,11 @@ _KINDS = {F.relu: "relu", torch.relu: "relu", F.gelu: "gelu", F.silu: "silu"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+def _check_tensor(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+
+
 def _bare(module: nn.Module) -> bool:
     """Nobody would notice that the module is not called."""
     return not any(vars(module).get(name) for name in _HOOKS) and "forward" not in vars(module)
@@ -143,6 +148,7 @@ class TransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
+        _check_tensor("src", src)
         if src.is_nested:
             return self._nested(src, src_mask, src_key_padding_mask)
 
@@ -214,6 +220,8 @@ class TransformerDecoderLayer(_Layer, nn.TransformerDecoderLayer):
                 is_causal=memory_is_causal,
             )[0]  # fmt: skip
 
+        for name, given in (("tgt", tgt), ("memory", memory)):
+            _check_tensor(name, given)
         x = tgt
         if self.norm_first:
             y, x = self._add_norm(x, attend(self.norm1(x)), self.dropout1, self.norm2)

@@ -10,6 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import additive_attention
+from ..ops._checks import check_dense
+from ..ops._masks import autocast_dtype
+from ._padding import without_hidden
+from .attention import check_backend
 
 __all__ = ["AdditiveAttention", "PointerAttention"]
 
@@ -20,9 +24,10 @@ class _Projections(nn.Module):
     def __init__(self, query_size, key_size, num_hiddens, bias, backend, device, dtype) -> None:
         super().__init__()
         for name, value in (("query_size", query_size), ("key_size", key_size), ("num_hiddens", num_hiddens)):
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
         self.query_size, self.key_size, self.num_hiddens = query_size, key_size, num_hiddens
+        check_backend(backend)
         self.backend = backend
         self.W_q = nn.Linear(query_size, num_hiddens, bias=bias, device=device, dtype=dtype)
         self.W_k = nn.Linear(key_size, num_hiddens, bias=False, device=device, dtype=dtype)
@@ -125,12 +130,23 @@ class AdditiveAttention(_Projections):
         if return_weights or (self.training and self.dropout > 0):
             weights = torch.exp(additive_attention(q, k, None, w, return_pointer=True, **options))
             kept = F.dropout(weights, self.dropout, self.training)
-            out = kept.to(values.dtype) @ values
+            self._check_values(values, k, q.dtype)
+            out = kept.to(values.dtype) @ without_hidden(values, weights)
         else:
             out = additive_attention(q, k, values, w, **options)
         if queries.dim() == 2:
             out, weights = out[:, 0], None if weights is None else weights[:, 0]
         return (out, weights) if return_weights else out
+
+    @staticmethod
+    def _check_values(values: Tensor, keys: Tensor, dtype: torch.dtype) -> None:
+        check_dense("values", values)
+        if values.dim() != 3 or values.shape[:2] != keys.shape[:2]:
+            raise ValueError(
+                f"values: expected shape ({keys.shape[0]}, {keys.shape[1]}, value_size), got {tuple(values.shape)}"
+            )
+        if values.dtype != dtype and autocast_dtype(values) is None:
+            raise TypeError(f"values: expected the dtype of the queries, {dtype}, got {values.dtype}; convert it")
 
 
 class PointerAttention(_Projections):

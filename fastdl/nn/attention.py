@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..backend import BACKENDS
 from ..ops.attention import attention
-from ._padding import kept_by, lengths_of
+from ._padding import kept_by, lengths_of, without_hidden
 
 __all__ = ["MultiheadAttention"]
 
@@ -102,7 +102,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         weights = None
         if need_weights and p > 0:
             weights = F.dropout(_weights(q, k, None, rest, average=False), p)
-            out = (weights @ v).transpose(1, 2)
+            out = (weights @ without_hidden(v, weights)).transpose(1, 2)
             weights = weights.mean(1) if average_attn_weights else weights
         elif need_weights:
             out, lse = attention(q, k, v, return_lse=True, backend=self.backend, **rest)
@@ -202,6 +202,9 @@ class MultiheadAttention(nn.MultiheadAttention):
             options["causal"] = True
         elif is_causal and n_q == n_k and not extra and not need_weights:
             options["causal"], attn_mask = True, None
+        for name, given in (("attn_mask", attn_mask), ("key_padding_mask", padding)):
+            if given is not None:
+                _check_mask(name, given)
         if attn_mask is not None:
             keys = n_k - extra
             if tuple(attn_mask.shape) not in ((n_q, keys), (batch * heads, n_q, keys)):
@@ -209,7 +212,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                     f"attn_mask: expected shape ({n_q}, {keys}) or ({batch * heads}, {n_q}, {keys}), got "
                     f"{tuple(attn_mask.shape)}"
                 )
-            attn_mask = _with_extra("attn_mask", attn_mask, extra)
+            attn_mask = _with_extra(attn_mask, extra)
             attn_mask = attn_mask.view(batch, heads, n_q, n_k) if attn_mask.dim() == 3 else attn_mask[None, None]
         if padding is not None:
             padding = padding[None] if padding.dim() == 1 and batch == 1 else padding
@@ -217,7 +220,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                 raise ValueError(
                     f"key_padding_mask: expected shape ({batch}, {n_k - extra}), got {tuple(padding.shape)}"
                 )
-            padding = _with_extra("key_padding_mask", padding, extra)
+            padding = _with_extra(padding, extra)
             kept = ~padding if padding.dtype == torch.bool else kept_by(padding)
             lens = None if kept is None or need_weights else lengths_of(kept)
             if lens is not None:
@@ -249,10 +252,14 @@ def _longer(t: Tensor, more: Tensor, sequence: int) -> Tensor:
     return torch.cat([t, more.to(t.dtype).expand(shape)], sequence)
 
 
-def _with_extra(name: str, mask: Tensor, extra: int) -> Tensor:
+def _check_mask(name: str, mask: Tensor) -> None:
+    if not isinstance(mask, Tensor) or (mask.dtype != torch.bool and not mask.is_floating_point()):
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"{name}: expected a boolean tensor, True where hidden, or a floating one, got {got}")
+
+
+def _with_extra(mask: Tensor, extra: int) -> Tensor:
     """mask with ``extra`` more keys, visible ones."""
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise TypeError(f"{name}: expected a boolean tensor, True where hidden, or a floating one, got {mask.dtype}")
     return F.pad(mask, (0, extra)) if extra else mask
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..ops._checks import check_dense, check_finite, check_int, check_number
 from ..ops.position import add_positions, sinusoidal_table
 from ._tables import GrowingTable, rows_needed
+from .attention import check_backend
 
 __all__ = ["LearnedPositionalEncoding", "PositionalEncoding"]
 
@@ -14,16 +16,22 @@ __all__ = ["LearnedPositionalEncoding", "PositionalEncoding"]
 class _Encoding(nn.Module):
     def __init__(self, dim: int, max_len: int, dropout: float, scale: float, backend: str | None) -> None:
         super().__init__()
+        check_backend(backend)
+        check_int("dim", dim, 1)
+        check_int("max_len", max_len, 0)
+        check_number("dropout", dropout)
+        check_finite("scale", scale)
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout: expected 0 <= dropout <= 1, got {dropout}")
-        if max_len < 0:
-            raise ValueError(f"max_len: expected a number >= 0, got {max_len}")
         self.dim, self.max_len, self.dropout, self.scale, self.backend = dim, max_len, dropout, scale, backend
 
     def _rows(self, x: Tensor, positions: Tensor | int) -> Tensor:
         raise NotImplementedError
 
     def forward(self, x: Tensor, positions: Tensor | int = 0) -> Tensor:
+        check_dense("x", x)
+        if x.dim() < 2:
+            raise ValueError(f"x: expected [..., n, {self.dim}], got {tuple(x.shape)}")
         p = self.dropout if self.training else 0.0
         table = self._rows(x, positions)
         return add_positions(x, table, scale=self.scale, positions=positions, dropout_p=p, backend=self.backend)

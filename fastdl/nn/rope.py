@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..ops._checks import check_dense, check_int
 from ..ops._masks import values_are_known
 from ..ops.rope import PAIRS, rope, rope_qk, rope_table
 from ._tables import GrowingTable, rows_needed
+from .attention import check_backend
 
 __all__ = ["RotaryEmbedding"]
 
@@ -52,7 +54,11 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         if pairs not in PAIRS:
             raise ValueError(f"pairs: expected one of {', '.join(PAIRS)}, got {pairs!r}")
+        check_backend(backend)
+        check_int("head_dim", head_dim, 2)
+        check_int("max_len", max_len, 0)
         rope_dim = head_dim if rope_dim is None else rope_dim
+        check_int("rope_dim", rope_dim, 2)
         if rope_dim > head_dim:
             raise ValueError(f"rope_dim: expected at most head_dim, {head_dim}, got {rope_dim}")
         rope_table(rope_dim, base, 0, **scaling)  # raises what is wrong with them
@@ -75,7 +81,8 @@ class RotaryEmbedding(nn.Module):
         return self
 
     def forward(self, q: Tensor, k: Tensor | None = None, positions: Tensor | int = 0):
-        if q.shape[-1] != self.head_dim:
+        check_dense("q", q)
+        if q.dim() < 2 or q.shape[-1] != self.head_dim:
             raise ValueError(f"q: expected [..., n, {self.head_dim}], got {tuple(q.shape)}")
         rows = rows_needed(positions, q.shape[-2], self._table.rows)
         if self._by_length:

@@ -9,8 +9,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ._checks import check_dense, check_number, check_optional
-from ._masks import autocast_dtype, broadcastable, check_mask, check_valid_lens, values_are_known
+from ._checks import check_dense, check_finite, check_flag, check_number, check_optional
+from ._masks import autocast_dtype, broadcastable, check_ints, check_mask, check_valid_lens, values_are_known
+
+_UNLIMITED = 1 << 29  # lengths are below; kernels add a window to a position in an int
+_CAPS = (1e-30, 1e30)  # float32 holds them, their inverse and their product with log2(e)
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def check_call(
     left, right = check_window(window, causal)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    check_number("scale", scale)
+    check_finite("scale", scale)
     softcap = check_softcap(softcap)
     check_number("dropout_p", dropout_p)
     if not 0 <= dropout_p <= 1:
@@ -129,9 +132,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def check_cu_seqlens(name: str, value: Tensor, total: int, device: torch.device) -> Tensor:
     """int32 [sequences + 1] on the device; raises unless it starts at 0, never falls and ends at total."""
-    if not isinstance(value, Tensor) or value.dtype not in (torch.int32, torch.int64):
-        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name}: expected an int32 or int64 tensor, got {got}")
+    check_ints(name, value)
     if value.dim() != 1 or value.shape[0] < 1:
         raise ValueError(f"{name}: expected shape [sequences + 1], got {tuple(value.shape)}")
     if values_are_known(value):
@@ -151,20 +152,24 @@ def check_softcap(softcap: float | None) -> float:
     if softcap is None:
         return 0.0
     check_number("softcap", softcap)
-    if not softcap > 0:
-        raise ValueError(f"softcap: expected a number > 0, or None for no cap, got {softcap}")
+    if not _CAPS[0] <= softcap <= _CAPS[1]:
+        raise ValueError(
+            f"softcap: expected a number > 0 ({_CAPS[0]:g} to {_CAPS[1]:g}), or None for no cap, got {softcap}"
+        )
     return float(softcap)
 
 
 def check_window(window: tuple[int, int] | None, causal: bool) -> tuple[int, int]:
     """left and right as the ops take them; causal: nothing to the right"""
+    check_flag("causal", causal)
     if window is None:
         return -1, 0 if causal else -1
     if not isinstance(window, (tuple, list)) or len(window) != 2 or not all(isinstance(n, int) for n in window):
         raise TypeError(f"window: expected (left, right), two ints, got {window!r}")
     if min(window) < -1:
         raise ValueError(f"window: expected numbers of keys, or -1 for no limit, got {tuple(window)}")
-    return window[0], 0 if causal else window[1]
+    left, right = (n if n < _UNLIMITED else -1 for n in window)
+    return left, 0 if causal else right
 
 
 def check_slopes(slopes: Tensor | None, batch: int, heads: int, device: torch.device) -> Tensor | None:

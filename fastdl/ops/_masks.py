@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import backend as backends
 from .._library import is_compiling, tracing
+from ._checks import kind_of
 
 
 def values_are_known(t: Tensor) -> bool:
@@ -22,12 +23,23 @@ def values_are_known(t: Tensor) -> bool:
     return t.device.type == "cpu" or os.environ.get("FASTDL_CHECK") == "1"
 
 
+def check_ints(name: str, value: Tensor) -> None:
+    """Raise unless value is a dense tensor of whole numbers, 32 or 64 bits each."""
+    if isinstance(value, Tensor) and value.dtype in (torch.int32, torch.int64):
+        if value.layout == torch.strided and not value.is_nested:
+            return
+        raise TypeError(f"{name}: expected a dense tensor, got {kind_of(value)}")
+    got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+    raise TypeError(f"{name}: expected an int64 or int32 tensor, got {got}")
+
+
 def check_mask(mask: Tensor | None, scores: tuple[int, ...], device: torch.device) -> Tensor | None:
     """mask as a view of len(scores) dimensions, each that of the scores or 1."""
     if mask is None:
         return None
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.layout != torch.strided:
-        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.layout != torch.strided or mask.is_nested:
+        odd = isinstance(mask, Tensor) and (mask.is_nested or mask.layout != torch.strided)
+        got = kind_of(mask) if odd else mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(
             f"mask: expected a boolean tensor, True where a query attends, got {got}; a floating point mask is a bias"
         )
@@ -52,9 +64,7 @@ def check_valid_lens(
     """valid_lens as int32 [batch] or [batch, queries] on the device."""
     if valid_lens is None:
         return None
-    if not isinstance(valid_lens, Tensor) or valid_lens.dtype not in (torch.int64, torch.int32):
-        got = valid_lens.dtype if isinstance(valid_lens, Tensor) else type(valid_lens).__name__
-        raise TypeError(f"valid_lens: expected an int64 or int32 tensor, got {got}")
+    check_ints("valid_lens", valid_lens)
     if tuple(valid_lens.shape) not in ((batch,), (batch, queries)):
         raise ValueError(
             f"valid_lens: expected shape ({batch},) or ({batch}, {queries}), a length a sequence or a query, got "

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..reference import rope as reference
+from ._checks import check_finite, check_int, check_optional
 
 SCALINGS = ("none", "linear", "ntk", "dynamic", "yarn", "llama3")
 
@@ -74,13 +75,22 @@ def rope_table(
     tensor([[1.0000, 0.0000, 1.0000, 0.0000],
             [0.5403, 0.8415, 0.9999, 0.0100]])
     """
-    if head_dim < 2 or head_dim % 2:
+    check_int("head_dim", head_dim, 2)
+    check_int("max_len", max_len, 0)
+    check_int("start", start, 0)
+    for name, value in (("base", base), ("factor", factor), ("beta_fast", beta_fast), ("beta_slow", beta_slow),
+                        ("low_freq_factor", low_freq_factor), ("high_freq_factor", high_freq_factor)):  # fmt: skip
+        check_finite(name, value)
+    for name, value in (("original_context", original_context), ("length", length)):
+        if value is not None:
+            check_finite(name, value)
+    if attention_factor is not None:
+        check_finite("attention_factor", attention_factor)
+    if head_dim % 2:
         raise ValueError(f"head_dim: expected an even number of at least 2, got {head_dim}")
-    if not (base > 1 and math.isfinite(base)):
+    if not base > 1:
         raise ValueError(f"base: expected a finite number > 1, got {base}")
-    if max_len < 0 or start < 0:
-        raise ValueError(f"max_len, start: expected numbers >= 0, got {max_len} and {start}")
-    if not (factor > 0 and math.isfinite(factor)):
+    if not factor > 0:
         raise ValueError(f"factor: expected a finite number > 0, got {factor}")
     if scaling not in SCALINGS:
         raise ValueError(f"scaling: expected one of {', '.join(SCALINGS)}, got {scaling!r}")
@@ -90,6 +100,8 @@ def rope_table(
         )
     magnitude = 1.0
     if scaling == "yarn":
+        if not 0 < beta_slow <= beta_fast:
+            raise ValueError(f"beta_fast, beta_slow: expected 0 < slow <= fast, got {beta_fast} and {beta_slow}")
         f = reference.yarn_frequencies(head_dim, base, factor, original_context, beta_fast, beta_slow)
         magnitude = attention_factor if attention_factor is not None else 0.1 * math.log(max(factor, 1.0)) + 1.0
     elif scaling in ("ntk", "dynamic"):
@@ -117,8 +129,11 @@ def rope_table(
                 head_dim, base, factor, original_context, low_freq_factor, high_freq_factor
             )
     if factors is not None:
+        check_optional("factors", factors)
         if factors.shape != f.shape:
             raise ValueError(f"factors: expected shape ({head_dim // 2},), got {tuple(factors.shape)}")
+        if not bool((factors > 0).all()):
+            raise ValueError(f"factors: expected numbers > 0, got {float(factors[~(factors > 0)][0])}")
         f = f / factors.to(torch.float64)
     angles = np.arange(start, start + max_len, dtype=np.float64)[:, None] * f.numpy()
     table = np.empty((max_len, head_dim // 2, 2), np.float32)

@@ -152,7 +152,9 @@ def attention(
     backend       None or "auto", "cpu", "cuda", "triton", "torch"
 
     Returns O [batch, heads, n_q, d_v] in the dtype of q. A query that sees no key gives 0, lse -inf, and no gradient; a
-    score of +inf or NaN makes its row NaN. Differentiable twice in q, k, v and bias; memory grows with n_q + n_k.
+    score of +inf or NaN makes its row NaN. A key that no query sees may hold anything, NaN too (on cuda and triton:
+    behind its valid_lens; keys hidden otherwise must be finite there, because 0 times NaN is NaN). Differentiable
+    twice in q, k, v and bias; memory grows with n_q + n_k.
     Raises TypeError or ValueError naming the argument; fastdl.BackendError if ``backend`` cannot.
 
     >>> import torch

@@ -27,8 +27,8 @@ from .._library import Op, twin_of
 from ..reference import attention_decode as reference
 from ..reference.attention import output_like
 from ._attention_checks import check_slopes, check_softcap, check_window
-from ._checks import check_dense, check_number
-from ._masks import values_are_known
+from ._checks import check_dense, check_finite, check_optional, kind_of
+from ._masks import check_ints, values_are_known
 
 __all__ = ["attention_decode"]
 
@@ -142,8 +142,13 @@ def _check(q, k_cache, v_cache, cache_lens, k_new, v_new, block_table, cos_sin, 
         raise ValueError(f"q: expected shape [batch, heads, n_q, head_dim], got {tuple(q.shape)}")
     batch, heads, n_q, head_dim = q.shape
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if not isinstance(cache, Tensor) or cache.dtype not in CACHES or cache.layout != torch.strided:
-            got = cache.dtype if isinstance(cache, Tensor) else type(cache).__name__
+        if (
+            not isinstance(cache, Tensor)
+            or cache.dtype not in CACHES
+            or cache.layout != torch.strided
+            or cache.is_nested
+        ):
+            got = kind_of(cache) if isinstance(cache, Tensor) else type(cache).__name__
             raise TypeError(f"{name}: expected float32, float16, bfloat16 or uint8 (Q8_0), got {got}")
         if cache.dim() != 4 or cache.stride(-1) != 1:
             raise ValueError(
@@ -178,10 +183,10 @@ def _check(q, k_cache, v_cache, cache_lens, k_new, v_new, block_table, cos_sin, 
         raise ValueError("k_new, v_new: expected both or none")
     n_new = 0
     if k_new is not None:
-        n_new = k_new.shape[2] if isinstance(k_new, Tensor) and k_new.dim() == 4 else -1
+        n_new = k_new.shape[2] if isinstance(k_new, Tensor) and not k_new.is_nested and k_new.dim() == 4 else -1
         for name, new, width in (("k_new", k_new, head_dim), ("v_new", v_new, _width(v_cache))):
-            if not isinstance(new, Tensor) or new.dtype != q.dtype:
-                got = new.dtype if isinstance(new, Tensor) else type(new).__name__
+            if not isinstance(new, Tensor) or new.dtype != q.dtype or new.layout != torch.strided or new.is_nested:
+                got = kind_of(new) if isinstance(new, Tensor) else type(new).__name__
                 raise TypeError(f"{name}: expected the dtype of q, {q.dtype}, got {got}")
             if tuple(new.shape) != (batch, kv_heads, n_new, width):
                 raise ValueError(f"{name}: expected shape {(batch, kv_heads, 'n_new', width)}, got {tuple(new.shape)}")
@@ -189,9 +194,12 @@ def _check(q, k_cache, v_cache, cache_lens, k_new, v_new, block_table, cos_sin, 
                 raise ValueError(f"{name}: expected the device of q, {q.device}, got {new.device}")
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k_new, v_new)):
         raise ValueError("q: expected no gradient, a cache has none; use torch.no_grad(), or ops.attention to train")
+    if k_new is not None:
+        _check_writable(k_cache, v_cache)
     if pairs not in PAIRS:
         raise ValueError(f"pairs: expected one of {', '.join(PAIRS)}, got {pairs!r}")
     if cos_sin is not None:
+        check_optional("cos_sin", cos_sin)
         if cos_sin.dtype != torch.float32 or cos_sin.dim() != 2 or cos_sin.shape[1] % 2 or cos_sin.shape[1] > head_dim:
             raise ValueError(
                 f"cos_sin: expected float32 [positions, rope_dim] of rope_table, rope_dim at most {head_dim}, "
@@ -204,17 +212,28 @@ def _check(q, k_cache, v_cache, cache_lens, k_new, v_new, block_table, cos_sin, 
         _check_values(cache_lens, block_table, k_cache, capacity, n_new, n_q, cos_sin)
     if scale is None:
         scale = head_dim**-0.5
-    check_number("scale", scale)
+    check_finite("scale", scale)
     lens = cache_lens.to(torch.int32).contiguous()
     table = None if block_table is None else block_table.to(torch.int32).contiguous()
     slopes = check_slopes(alibi_slopes, batch, heads, q.device)
     return lens, table, cos_sin, slopes, (float(scale), check_softcap(softcap))
 
 
+def _check_writable(k_cache: Tensor, v_cache: Tensor) -> None:
+    if k_cache is v_cache:
+        raise ValueError("v_cache: expected memory of its own to write to, got k_cache")
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if cache.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name}: expected no gradient, because it is written; use torch.no_grad()")
+        if any(stride == 0 and size > 1 for size, stride in zip(cache.shape, cache.stride(), strict=True)):
+            raise ValueError(
+                f"{name}: expected memory for every element to write to, got an expanded tensor, strides "
+                f"{cache.stride()}; clone it"
+            )
+
+
 def _check_ints(name: str, value: Tensor, device: torch.device) -> None:
-    if not isinstance(value, Tensor) or value.dtype not in (torch.int32, torch.int64):
-        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name}: expected an int32 or int64 tensor, got {got}")
+    check_ints(name, value)
     if value.device != device:
         raise ValueError(f"{name}: expected the device of q, {device}, got {value.device}; move one to the other")
 

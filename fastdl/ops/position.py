@@ -25,7 +25,7 @@ from torch import Tensor
 from .. import backend as backends
 from .._library import Op, triton_twin, twin_of
 from ..reference import position as reference
-from ._checks import check_dense, check_number
+from ._checks import check_dense, check_finite, check_int, check_number
 from ._positions import check_positions
 
 __all__ = ["add_positions", "alibi_slopes", "sinusoidal_table"]
@@ -130,10 +130,10 @@ def sinusoidal_table(length: int, dim: int, *, base: float = 10000.0, start: int
 
     Source: Vaswani et al., "Attention Is All You Need" (2017).
     """
-    if length < 0 or start < 0:
-        raise ValueError(f"length, start: expected numbers >= 0, got {length} and {start}")
-    if dim < 1:
-        raise ValueError(f"dim: expected a number >= 1, got {dim}")
+    check_int("length", length, 0)
+    check_int("start", start, 0)
+    check_int("dim", dim, 1)
+    check_number("base", base)
     if not 1 < base < float("inf"):
         raise ValueError(f"base: expected a finite number > 1, got {base}")
     return reference.sinusoidal_table(length, dim, base, start)
@@ -154,9 +154,8 @@ def alibi_slopes(heads: int) -> Tensor:
 
     Source: Press et al., "Train Short, Test Long" (2022).
     """
-    if heads < 1:
-        raise ValueError(f"heads: expected a number >= 1, got {heads}")
-    return torch.tensor(reference.alibi_slopes(heads))
+    check_int("heads", heads, 1)
+    return torch.tensor(reference.alibi_slopes(int(heads)))
 
 
 def add_positions(
@@ -212,7 +211,7 @@ def _check(x: Tensor, table: Tensor, scale: float, p: float) -> None:
         )
     if table.device != x.device:
         raise ValueError(f"table: expected the device of x, {x.device}, got {table.device}; move one to the other")
-    check_number("scale", scale)
+    check_finite("scale", scale)
     check_number("dropout_p", p)
     if not 0 <= p <= 1:
         raise ValueError(f"dropout_p: expected 0 <= p <= 1, got {p}")

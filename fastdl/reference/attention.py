@@ -6,7 +6,8 @@
 
 D is dropout's mask over 1 - p. Query head h reads key head h // (heads / kv_heads). Query i of n_q stands at position
 i + n_k - n_q, the last at the last key, and sees the keys from position - left to position + right (-1: unlimited)
-that mask and lens leave. A query that sees no key has O = 0, lse = -inf and no gradient.
+that mask, lens and a bias of -inf leave. A query that sees no key has O = 0, lse = -inf and no gradient; a key that
+no query sees adds nothing, whatever its k and v hold.
 
     dP_ij = D_ij dO_i . v_j     ds_ij = P_ij (dP_ij - dO_i . O_i + dlse_i)     dt_ij = ds_ij (1 - tanh^2)
     dq_i = scale * sum_j dt_ij k_j,  dk_j = scale * sum_i dt_ij q_i,  dv_j = sum_i D_ij P_ij dO_i,  dbias_ij = ds_ij
@@ -97,8 +98,8 @@ class Rest:
     right: int
     shape: tuple[int, int, int, int]  # of all scores
 
-    def seen(self, chunk: Chunk, device: torch.device) -> Tensor:
-        """bool, broadcastable to [B, groups, heads, rows, keys]"""
+    def seen(self, chunk: Chunk, groups: int, bias: Tensor | None, device: torch.device) -> Tensor:
+        """bool, broadcastable to [B, groups, heads, rows, keys], of five dimensions. bias: of the chunk, or None"""
         rows, keys = chunk.rows.stop - chunk.rows.start, chunk.keys.stop - chunk.keys.start
         distance = self.distance(chunk, device)
         seen = torch.ones(rows, keys, dtype=torch.bool, device=device)
@@ -110,7 +111,11 @@ class Rest:
             lens = self.lens if self.lens.dim() == 1 else self.lens[:, chunk.rows]
             lens = lens.view(lens.shape[0], 1, 1, -1, 1)
             seen = seen & (torch.arange(keys, device=device) < lens)
-        return seen
+        if self.mask is not None:
+            seen = seen & _grouped(_part(_part(self.mask, 2, chunk.rows), 3, chunk.keys), groups)
+        if bias is not None:
+            seen = seen & (bias != -torch.inf)
+        return seen.view((1,) * (5 - seen.dim()) + seen.shape)
 
     @staticmethod
     def distance(chunk: Chunk, device: torch.device) -> Tensor:
@@ -127,8 +132,13 @@ class Rest:
         return uniform(self.seed, (plane * n_q + row) * n_k + key) >= self.p
 
 
+def _without_hidden(t: Tensor, seen: Tensor) -> Tensor:
+    """k or v [B, G, 1, keys, *] with zeros where no query sees the key: it adds nothing, whatever lies there."""
+    return t.masked_fill(~seen.any(2, keepdim=True).any(3).unsqueeze(-1), 0.0)
+
+
 def _probabilities(
-    q: Tensor, k: Tensor, bias: Tensor | None, chunk: Chunk, rest: Rest
+    q: Tensor, k: Tensor, bias: Tensor | None, seen: Tensor, chunk: Chunk, rest: Rest
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """q [B, G, R, rows, D], k [B, G, 1, keys, D], bias broadcastable -> P [B, G, R, rows, keys], lse [B, G, R, rows],
     and tanh(t / softcap), all float32."""
@@ -142,9 +152,6 @@ def _probabilities(
     if rest.slopes is not None:
         slopes = rest.slopes.to(s.dtype).view(rest.slopes.shape[0], groups, -1, 1, 1)
         s = s - slopes * rest.distance(chunk, q.device).abs()
-    seen = rest.seen(chunk, q.device)
-    if rest.mask is not None:
-        seen = seen & _grouped(_part(_part(rest.mask, 2, chunk.rows), 3, chunk.keys), groups)
     s = s.masked_fill(~seen, -torch.inf)
     # A row without keys has the greatest score -inf; 0 in its place makes its P 0 and not NaN.
     top = s.detach().amax(-1, keepdim=True) if s.shape[-1] else s.new_full((*s.shape[:-1], 1), -torch.inf)
@@ -188,7 +195,10 @@ def attention_forward(
     for chunk in chunks(q, k, cu_q, cu_k):
         qs = _grouped(q[:, :, chunk.rows].to(wide), groups)
         ks, vs = (t[:, :, chunk.keys].to(wide).unsqueeze(2) for t in (k, v))
-        weights, lse, _ = _probabilities(qs, ks, _bias_of(bias, chunk, groups, wide), chunk, rest)
+        shaped = _bias_of(bias, chunk, groups, wide)
+        seen = rest.seen(chunk, groups, shaped, q.device)
+        ks, vs = (_without_hidden(t, seen) for t in (ks, vs))
+        weights, lse, _ = _probabilities(qs, ks, shaped, seen, chunk, rest)
         if seed is not None:
             weights = torch.where(rest.kept(chunk, groups, q.device), weights / _kept(p), 0.0)
         outs.append((weights @ vs).flatten(1, 2))
@@ -247,7 +257,9 @@ def attention_backward(
             qs, do = (t.to(wide).unflatten(1, (groups, heads)) for t in (q, grad))
             ks, vs = (t.to(wide).unsqueeze(2) for t in (k, v))
             shaped = None if bias is None else _grouped(bias.to(wide), groups)
-            weights, _, tanh = _probabilities(qs, ks, shaped, chunk, rest)
+            seen = rest.seen(chunk, groups, shaped, q.device)
+            ks, vs = (_without_hidden(t, seen) for t in (ks, vs))
+            weights, _, tanh = _probabilities(qs, ks, shaped, seen, chunk, rest)
             dropped, dp = weights, do @ vs.transpose(-1, -2)
             if seed is not None:
                 kept = rest.kept(chunk, groups, q.device)

@@ -24,12 +24,12 @@ Q8_0 = FORMATS["q8_0"]
 
 def to_q8_0(x: Tensor) -> Tensor:
     """floating [..., n], n a multiple of 32 -> uint8 [..., n / 32 * 34], ggml's rule to the bit"""
-    return Q8_0.encode(x.float().reshape(-1, 32)).reshape(*x.shape[:-1], -1)
+    return Q8_0.encode(x.float().reshape(-1, 32)).reshape(*x.shape[:-1], x.shape[-1] // 32 * 34)
 
 
 def from_q8_0(x: Tensor) -> Tensor:
     """uint8 [..., n / 32 * 34] -> float32 [..., n]"""
-    return Q8_0.decode(x.reshape(-1, 34), torch.float32).reshape(*x.shape[:-1], -1)
+    return Q8_0.decode(x.reshape(-1, 34), torch.float32).reshape(*x.shape[:-1], x.shape[-1] // 34 * 32)
 
 
 def rows_of(cache: Tensor, block_table: Tensor | None, b: int, start: int, end: int) -> tuple[Tensor, ...]:
