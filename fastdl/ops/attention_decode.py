@@ -61,7 +61,13 @@ def _refuse_cpu(*, dtype: torch.dtype, **facts) -> str | None:
     return None
 
 
-backends.register_room("attention_decode", {"cpu": _refuse_cpu})
+def _refuse_gpu(*, dtype: torch.dtype, head_dim: int = 64, **facts) -> str | None:
+    if head_dim > 256:
+        return f"head_dim {head_dim}: a row of more than 256 does not fit in registers; use backend='torch'"
+    return _refuse_cpu(dtype=dtype)
+
+
+backends.register_room("attention_decode", {"cpu": _refuse_cpu, "cuda": _refuse_gpu})
 
 
 def attention_decode(
@@ -128,6 +134,7 @@ def attention_decode(
         device=q.device,
         dtype=q.dtype,
         refusals=backends.in_a_transform(),
+        head_dim=max(q.shape[3], _width(v_cache)),
     )
     q, k_new, v_new = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (q, k_new, v_new))
     out, lse = DECODE[twin_of(chosen, q.device)](
