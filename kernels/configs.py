@@ -99,6 +99,25 @@ _ATTENTION: dict[str, dict[int, Config]] = {
     ),
 }
 
+# Decoding: a tile of scores is [rows, keys]; of the merge, rows parts are added at once.
+_DECODE: dict[str, dict[int, Config]] = {
+    "attention_decode_split": {
+        32: Config(16, 4, 3, keys=64),
+        64: Config(16, 4, 3, keys=64),
+        128: Config(16, 4, 3, keys=64),
+        256: Config(16, 8, 2, keys=64),
+    },
+    # float32 and Q8_0: both operands of a product lie in registers, a row of them whole
+    "attention_decode_split_float32": {
+        32: Config(16, 4, keys=32),
+        64: Config(16, 4, keys=32),
+        128: Config(16, 8, keys=32),
+        256: Config(16, 8, keys=32),
+    },
+    "attention_decode_append": {32: Config(1, 1), 64: Config(1, 1), 128: Config(1, 1), 256: Config(1, 1)},
+    "attention_decode_merge": {32: Config(16, 1), 64: Config(16, 1), 128: Config(16, 4), 256: Config(16, 4)},
+}
+
 
 _TABLE: dict[str, dict[int, Config]] = {
     # kernel: block -> configuration. The largest block is the widest row that is held in registers.
@@ -169,6 +188,7 @@ _TABLE: dict[str, dict[int, Config]] = {
     "selective_scan_backward": {32: Config(16, 1)},
     "linear_scan_carry": {256: Config(1, 1)},
     **_ATTENTION,
+    **_DECODE,
     "additive_attention_forward": {32: Config(16, 4)},  # block: keys of a tile, rows: hidden units
     "additive_attention_backward": {32: Config(16, 4)},
     "additive_attention_merge": {128: Config(1, 1)},

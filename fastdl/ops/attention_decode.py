@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .. import backend as backends
-from .._library import Op, twin_of
+from .._library import Op, triton_twin, twin_of
 from ..reference import attention_decode as reference
 from ..reference.attention import output_like
 from ._attention_checks import check_slopes, check_softcap, check_window
@@ -52,6 +52,7 @@ DECODE = Op(
     "int right) -> (Tensor out, Tensor lse)",
     fake=_fake,
     reference=reference.attention_decode,
+    triton=triton_twin("attention_decode", "attention_decode"),
 )
 
 
@@ -67,7 +68,7 @@ def _refuse_gpu(*, dtype: torch.dtype, head_dim: int = 64, **facts) -> str | Non
     return _refuse_cpu(dtype=dtype)
 
 
-backends.register_room("attention_decode", {"cpu": _refuse_cpu, "cuda": _refuse_gpu})
+backends.register_room("attention_decode", {"cpu": _refuse_cpu, "cuda": _refuse_gpu, "triton": _refuse_gpu})
 
 
 def attention_decode(
