@@ -8,8 +8,8 @@ fastdl/reference/attention_decode.py).
 The grid follows from the capacity, never from the lengths, which only the GPU knows: no call waits for it, and a CUDA
 graph can hold the call. Programs behind a sequence's length do nothing. Parts are cut by position alone.
 
-Queries and weights are float32. Against a 16-bit cache each is PARTS numbers of the cache's type that add up to it, as in
-csrc/cuda/attention_decode_tile.cuh; against float32 and Q8_0 (and bfloat16 where tensor cores lack it: compute
+Queries and weights are float32. Against a 16-bit cache each is PARTS numbers of the cache's type that add up to it, as
+in csrc/cuda/attention_decode_tile.cuh; against float32 and Q8_0 (and bfloat16 where tensor cores lack it: compute
 capability 7.5, and the interpreter) products are float32. Floor: the bytes of the cache over the bandwidth.
 
 Dao et al., "Flash-Decoding" (2023).  Test: pytest tests/test_attention_decode.py        Table: configs.py
@@ -44,9 +44,9 @@ FREE = (
 
 @triton.jit
 def _lengths(lens, b, n_new, capacity):
-    """Positions of sequence b before the call and with the new ones, never more than there is room for."""
-    held = tl.minimum(tl.maximum(tl.load(lens + b).to(tl.int32), 0), capacity)
-    return held, tl.minimum(held + n_new, capacity)
+    """Positions of sequence b, n_new of them new, never more than there is room for."""
+    held = tl.minimum(tl.maximum(tl.load(lens + b), 0), capacity)
+    return tl.minimum(held + n_new, capacity)
 
 
 @triton.jit
@@ -131,8 +131,7 @@ def append(
 ):  # fmt: skip
     """Program (new position, key head, sequence). k_new, v_new [B, G, n_new, *]; k, v: the caches."""
     t, h, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    held, _ = _lengths(lens, b, n_new, capacity)
-    position = held + t + tl.zeros([1, 1], tl.int32)
+    position = _lengths(lens, b, 0, capacity) + t + tl.zeros([1, 1], tl.int32)
     row, at, valid = _places(table, b, position, position < capacity, size, rows_of_cache, table_b)
     row, at, n = tl.where(valid, row, 0).to(tl.int64), at.to(tl.int64), t.to(tl.int64)
     col = tl.arange(0, BLOCK)[None, :]
@@ -191,11 +190,11 @@ def split(
     INTERLEAVED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, Q8: tl.constexpr,
     WIDE: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Program (part x tile of queries, key head, sequence). q [B, H, n_q, d]; k, v: the caches; outs [B, G, parts, rows,
-    d_v] and states [B, G, parts, rows, 2], the greatest score and the sum, where rows is n_q times the shared heads."""
+    """Program (part x tile of queries, key head, sequence). q [B, H, n_q, d]; k, v: the caches; outs [B, G, parts,
+    rows, d_v] and states [B, G, parts, rows, 2]: the greatest score and the sum. rows: n_q times the shared heads."""
     number, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     group, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    held, total = _lengths(lens, b, n_new, capacity)
+    total = _lengths(lens, b, n_new, capacity)
     if (number * part < total) & (number >= _first(total, n_q, left, part, LEFT)):
         shared = heads // kv_heads
         rows = shared * n_q
@@ -261,7 +260,7 @@ def merge(
     t, plane = (tl.program_id(0) % n_q).to(tl.int64), (tl.program_id(0) // n_q).to(tl.int64)
     b, head = plane // heads, plane % heads
     shared = heads // kv_heads
-    held, total = _lengths(lens, b, n_new, capacity)
+    total = _lengths(lens, b, n_new, capacity)
     rows = tl.cast(shared, tl.int64) * n_q
     place = (b * kv_heads + head // shared) * parts * rows + head % shared * n_q + t
     begin, end = _first(total, n_q, left, part, LEFT), tl.cdiv(total, part)

@@ -103,7 +103,7 @@ _ATTENTION: dict[str, dict[int, Config]] = {
 _DECODE: dict[str, dict[int, Config]] = {
     "attention_decode_split": {
         32: Config(16, 4, 3, keys=64),
-        64: Config(16, 4, 3, keys=64),
+        64: Config(16, 4, 2, keys=128),
         128: Config(16, 4, 3, keys=64),
         256: Config(16, 8, 2, keys=64),
     },
@@ -112,7 +112,7 @@ _DECODE: dict[str, dict[int, Config]] = {
         32: Config(16, 4, keys=32),
         64: Config(16, 4, keys=32),
         128: Config(16, 8, keys=32),
-        256: Config(16, 8, keys=32),
+        256: Config(16, 8, keys=16),
     },
     "attention_decode_append": {32: Config(1, 1), 64: Config(1, 1), 128: Config(1, 1), 256: Config(1, 1)},
     "attention_decode_merge": {32: Config(16, 1), 64: Config(16, 1), 128: Config(16, 4), 256: Config(16, 4)},
@@ -198,7 +198,11 @@ _TABLE: dict[str, dict[int, Config]] = {
 # Where a class of architectures departs from the table. Interpreted: tiles so small that tests have several of them.
 _CLASSES = {75: "turing", 80: "ampere", 89: "ada", 90: "hopper", 100: "blackwell", 120: "blackwell"}  # from cc on
 _DEPARTURES: dict[str, dict[tuple[str, int], Config]] = {
-    "interpreted": {(name, block): Config(32, 1, keys=16) for name, table in _ATTENTION.items() for block in table},
+    "interpreted": {
+        **{(name, block): Config(32, 1, keys=16) for name, table in _ATTENTION.items() for block in table},
+        **{(name, block): Config(16, 1, keys=32) for name, table in _DECODE.items() for block in table},
+        **{("attention_decode_merge", block): Config(1, 1) for block in _DECODE["attention_decode_merge"]},
+    },
     # 12 registers a thread more than the others; attention's products of 16 bits are sums in registers, as of float32
     "turing": {
         **{

@@ -33,6 +33,7 @@ std::tuple<Tensor, Tensor> attention_decode(const Tensor& q, const OptionalTenso
   constexpr int64_t kMost = 1 << 29;  // positions plus windows are ints
   for (const int64_t n : {t.n_q, t.n_new, t.capacity(), t.rows, t.block, t.positions, t.heads, t.heads * t.n_q})
     check(n < kMost, "q, k_cache: expected sizes below 2^29");
+  check(t.head_dim <= 256 && t.d_v <= 256, "q, v_cache: expected a head_dim and a d_v of at most 256");
   const auto number = [](int64_t n) { return static_cast<int>(n); };
   // A window wider than all there is has no limit.
   const auto limit = [&](int64_t n) { return n < 0 || n > t.n_q + t.capacity() ? -1 : static_cast<int>(n); };

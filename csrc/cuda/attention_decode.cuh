@@ -27,7 +27,8 @@ __device__ __forceinline__ void store_q8(uint8_t* block, float x) {
   for (int bits = 16; bits > 0; bits /= 2) largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, bits));
   const float d = largest / 127.0f, inverse = d != 0.0f ? 1.0f / d : 0.0f;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  block[2 + lane] = static_cast<uint8_t>(static_cast<int8_t>(static_cast<int>(roundf(x * inverse))));
+  const float code = roundf(__fmul_rn(x, inverse));  // rounded before, not fused with what roundf adds
+  block[2 + lane] = static_cast<uint8_t>(static_cast<int8_t>(static_cast<int>(code)));
   if (lane == 0) {
     const half_t rounded = from_float<half_t>(d);
     const auto* bytes = reinterpret_cast<const uint8_t*>(&rounded);
