@@ -5,8 +5,8 @@
 
 On the CPU one query of 9 heads against 4096 positions of 3 key heads of 64. torch gets the cache in the dtype of the
 query, once with enable_gqa and once with the key heads repeated beforehand, which costs it nothing here; the faster
-counts. fastdl reads the same cache, or one of 8-bit Q8_0 blocks, against torch's best on the cache of 16 or 32 bits. The
-share of the limit is that of reading the cache once, from the cache level that holds it.
+counts. fastdl reads the same cache, or one of 8-bit Q8_0 blocks, against torch's best on the cache of 16 or 32 bits.
+The share of the limit is that of reading the cache once, from the cache level that holds it.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ torch (fastdl/reference/attention_decode.py). What they refuse:
     | cpu, cuda, triton | float64                     | its kernels accumulate in float32 |
     | cuda, triton      | head_dim or d_v of over 256 | a row must fit in registers       |
 
-Queries are float32 while they are turned and multiplied, whatever the cache's type: also the tensor cores' products of a
-16-bit cache are those of the float32 query, to some 22 bits.
+Queries are float32 while they are turned and multiplied, whatever the cache's type: also the tensor cores' products
+with a 16-bit cache are those of the float32 query, to some 22 bits.
 
 Test: ``pytest tests/test_attention_decode.py``; benchmark: ``pytest bench/bench_attention_decode.py``.
 """
