@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(kDecodeWarps * 32, 1) attention_decode_split(c
       highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, 2));
       highest = fmaxf(top[i], highest);
       const float origin = highest == -INFINITY ? 0.0f : highest;  // finite: weights of no key are 0 and not NaN
-      fade[i] = ptx::exp2(top[i] - origin);
+      fade[i] = top[i] == highest ? 1.0f : ptx::exp2(top[i] - origin);
       top[i] = highest;
       sum[i] *= fade[i];
 #pragma unroll
