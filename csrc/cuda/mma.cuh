@@ -18,7 +18,7 @@ __device__ __forceinline__ void mma_bf16_by_shuffles(float (&d)[4], const uint32
   const int lane = static_cast<int>(threadIdx.x) % 32, row = lane / 4 * 4, column = lane % 4 * 8;
 #pragma unroll
   for (int half = 0; half < 2; ++half)
-#pragma unroll
+#pragma unroll 1  // unrolled, kernels with many products take minutes to compile
     for (int k = 0; k < 4; ++k) {
       const uint32_t a0 = __shfl_sync(kAllLanes, a[2 * half], row + k);
       const uint32_t a1 = __shfl_sync(kAllLanes, a[2 * half + 1], row + k);
