@@ -70,13 +70,14 @@ struct DecodeRow {
   int low, high, position;  // the keys it sees
   float unit, slope;        // in units of log 2, unless there is a softcap
 
-  __device__ __forceinline__ DecodeRow(const Decode& a, int b, int group, int row, int total)
-      : low(0), high(0), position(0), unit(a.softcap > 0.0f ? a.scale / a.softcap : a.scale * kLog2e), slope(0.0f) {
+  __device__ __forceinline__ DecodeRow(const Decode& a, int b, int group, int row, int total, float unit_)
+      : low(0), high(0), position(0), unit(unit_), slope(0.0f) {
     if (row >= a.rows) return;
     const DecodeQuery query = decode_query(a, group, row);
     position = total - a.n_q + query.t;
     low = a.left < 0 ? 0 : max(0, position - a.left);
     high = a.right < 0 ? total : min(total, position + a.right + 1);
+    unit *= a.softcap > 0.0f ? a.scale / a.softcap : a.scale * kLog2e;
     if (a.slopes) slope = a.slopes[(a.slopes_of_batch ? b * a.heads : 0) + query.head] * kLog2e;
   }
 
@@ -139,37 +140,33 @@ __global__ void __launch_bounds__(kDecodeWarps * 32, 1) attention_decode_split(c
   };
   const auto load = [&](int stage, int64_t offset) {
     uint8_t* tile = mine + stage * 2 * Shared::kTile;
-#pragma unroll 1
-    for (int i = 0; i < 2; ++i) decode_load<Tile>(tile + i * Shared::kTile, i ? a.v : a.k, offset, 16 * i);
+    decode_load<Tile>(tile, a.k, offset, 0);
+    decode_load<Tile>(tile + Shared::kTile, a.v, offset, 16);
   };
   const int first = begin / N, last = (end + N - 1) / N;
-  const int mine0 = first + (warp + warps - first % warps) % warps;  // tile i is that of warp i % warps
-  int64_t offset = offset_of(mine0);
+  int tile = first + (warp + warps - first % warps) % warps;  // tile i is that of warp i % warps
+  int64_t offset = offset_of(tile);
+  if (tile < last) load(0, offset);
+  ptx::cp_async_commit();
+  uint32_t there = __ballot_sync(kAllLanes, offset >= 0);
+  offset = offset_of(tile + warps);
 
-  DecodeRow of[2] = {{a, b, group, row0 + lane / 4, total}, {a, b, group, row0 + lane / 4 + 8, total}};
+  for (int row = warp; row < 16; row += warps) {
+    const float unit = decode_load_query<D, P>(a, queries, row, b, group, row0 + row, total);
+    if (lane == 0) units[row] = unit;
+  }
+  __syncthreads();
+  const DecodeRow of[2] = {{a, b, group, row0 + lane / 4, total, units[lane / 4]},
+                           {a, b, group, row0 + lane / 4 + 8, total, units[lane / 4 + 8]}};
   float top[2] = {-INFINITY, -INFINITY}, sum[2] = {};  // in units of log 2; of this lane's columns
   Sums<1, D> o;
   o.clear();
 
-  // The first turn loads keys, values and the queries, so that `load`, much code, stands once.
-  uint32_t there = 0;
-#pragma unroll 1
-  for (int tile = mine0 - warps, stage = 1; tile < last; tile += warps, stage ^= 1) {
+  for (int stage = 0; tile < last; tile += warps, stage ^= 1) {
     if (tile + warps < last) load(stage ^ 1, offset);
     ptx::cp_async_commit();
     const uint32_t next = __ballot_sync(kAllLanes, offset >= 0);
     offset = offset_of(tile + 2 * warps);
-    if (tile < mine0) {  // every warp comes here once
-      for (int row = warp; row < 16; row += warps) {
-        const float unit = decode_load_query<D, P>(a, queries, row, b, group, row0 + row, total);
-        if (lane == 0) units[row] = unit;
-      }
-      __syncthreads();
-      of[0].unit *= units[lane / 4];
-      of[1].unit *= units[lane / 4 + 8];
-      there = next;
-      continue;
-    }
     ptx::cp_async_wait<1>();
     __syncwarp();
     const uint8_t* k = mine + stage * 2 * Shared::kTile;

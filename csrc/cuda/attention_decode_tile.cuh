@@ -116,12 +116,19 @@ struct DecodeTile<Q8, D> {
   static constexpr int kPitch = ((kBytes + 15) / 16 | 1) * 16;  // an odd number of 16 bytes: 8 rows in different banks
 };
 
+// Copies under way in a thread: where they pass through registers (before sm_80), one at a time.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kDecodeCopies = 1;
+#else
+constexpr int kDecodeCopies = 4;
+#endif
+
 // One tile of rows that begin `offset` bytes (of lane from_lane + row) behind data; zeros where that is negative and behind
 // the row's bytes. The whole warp calls it.
 template <int Bytes, class Tile>
 __device__ __forceinline__ void decode_copy(uint8_t* tile, const DecodeCache& cache, int64_t offset, int from_lane) {
   constexpr int kPieces = Tile::kBytes / Bytes, kAll = Tile::kKeys * kPieces;
-#pragma unroll 4
+#pragma unroll kDecodeCopies
   for (int first = 0; first < kAll; first += 32) {
     const int i = first + static_cast<int>(threadIdx.x) % 32;
     const int row = min(i / kPieces, Tile::kKeys - 1), at = i % kPieces * Bytes;
