@@ -53,10 +53,39 @@ def attention_table(found: dict[str, list[dict]]) -> str:
         made += level_rows(
             what, found.get("attention_decode", []), keys, goal, "share_of_read_limit", "of the read limit"
         )
-    for what, goal in goals.ATTENTION_GPU.items():
+    return "\n".join(made + gpu_attention_rows(found))
+
+
+def gpu_attention_rows(found: dict[str, list[dict]]) -> list[str]:
+    """Rows of attention_table for GPUs: the faster of the two back ends over the best of torch's."""
+    made = []
+    for room, (what, goal) in zip(("attention", "attention_decode"), goals.ATTENTION_GPU.items(), strict=True):
         must, aim = bounds(goal)
-        made.append(f"| on a GPU: {what} | {must} | {aim} | {NOT_MEASURED} | |")
-    return "\n".join(made)
+        rows_of_room = []
+        for content in found.get(room, []):
+            for _, record in sorted(content["records"].items()):
+                peer = record.get("best_peer")
+                if record.get("level") != "gpu" or peer is None:
+                    continue
+                ours = {name: side for name, side in record["sides"].items() if name.startswith("fastdl")}
+                name, best = max(ours.items(), key=lambda item: item[1]["speedup_over"][peer]["median"])
+                ratio, share = best["speedup_over"][peer], None
+                cell = f"{times(ratio)} {peer} ({name.removeprefix('fastdl ')})"
+                if room == "attention_decode":
+                    share = best["share_of_copy"]
+                    cell += f", {share:.0%} of the copy bandwidth"
+                cell += f": {goal.verdict(ratio['median'], share)}"
+                rows_of_room += rows(f"on a GPU: {gpu_case(record)}", must, aim, [(cell, content)])
+        made += rows_of_room or [f"| on a GPU: {what} | {must} | {aim} | {NOT_MEASURED} | |"]
+    return made
+
+
+def gpu_case(record: dict) -> str:
+    shape = record["shape"]
+    if record["op"] == "attention":
+        return f"{record['kind']}, causal, {' x '.join(map(str, shape))}, {record['dtype']}"
+    what = f"decode, batch {shape[0]}, {shape[3]} keys, {shape[1]} query and {shape[2]} key heads of {shape[4]}, bf16"
+    return what if record["cache"] == "bf16" else f"{what}, cache {record['cache']}"
 
 
 ADDITIVE_KINDS = {**KINDS, "step": "forward, one query"}

@@ -1,7 +1,8 @@
 """Room attention against torch's scaled_dot_product_attention: forward, and forward with gradients.
 
-    pytest bench/bench_attention.py                    best level of this machine
-    FASTDL_ISA=avx2 pytest bench/bench_attention.py    a lower one
+    pytest bench/bench_attention.py -k "not gpu"                    best level of this machine
+    FASTDL_ISA=avx2 pytest bench/bench_attention.py -k "not gpu"    a lower one
+    pytest bench/bench_attention.py -k gpu                          the GPU: bench/attention_gpu.py has its sides
 
 The shapes are [batch, heads, length, head_dim], as many queries as keys. A mask, a bias or lengths reach torch as its
 attn_mask; the lengths go from a quarter of the keys to all. The operations counted are the products of the scores that
@@ -13,7 +14,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench import goals
+from bench import attention_gpu, goals
 from bench.against_torch import ALLOWED, DTYPES, PEER_ALLOWED, check, play, with_gradients
 from bench.attention_report import case_key
 from bench.limits import product_limit
@@ -90,3 +91,11 @@ def test_attention(benchmark, recorder, threads, rounds, kind, option, shape, dt
         },
     }  # fmt: skip
     recorder.add("attention", case_key(level, kind, option, shape, dtype), record)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("shape", attention_gpu.SHAPES, ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("kind", attention_gpu.KINDS)
+def test_attention_on_gpu(benchmark, recorder, rounds, kind, shape):
+    record = attention_gpu.measure(kind, shape, rounds, recorder.gpu_limits["copy_gb_per_s"], benchmark)
+    recorder.add_gpu("attention", case_key("gpu", kind, "causal", shape, "bf16"), record)

@@ -1,11 +1,12 @@
 """Room attention_decode against torch's scaled_dot_product_attention over the same cache.
 
-    pytest bench/bench_attention_decode.py
+    pytest bench/bench_attention_decode.py -k "not gpu"
+    pytest bench/bench_attention_decode.py -k gpu          the GPU: bench/decode_gpu.py has its sides
 
-One query of 9 heads against 4096 positions of 3 key heads of 64. torch gets the cache in the dtype of the query, once
-with enable_gqa and once with the key heads repeated beforehand, which costs it nothing here; the faster counts. fastdl
-reads the same cache, or one of 8-bit Q8_0 blocks, against torch's best on the cache of 16 or 32 bits. The share of the
-limit is that of reading the cache once, from the cache level that holds it.
+On the CPU one query of 9 heads against 4096 positions of 3 key heads of 64. torch gets the cache in the dtype of the
+query, once with enable_gqa and once with the key heads repeated beforehand, which costs it nothing here; the faster
+counts. fastdl reads the same cache, or one of 8-bit Q8_0 blocks, against torch's best on the cache of 16 or 32 bits.
+The share of the limit is that of reading the cache once, from the cache level that holds it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench import goals
+from bench import decode_gpu, goals
 from bench.against_torch import ALLOWED, DTYPES, PEER_ALLOWED, check, play
 from bench.attention_report import decode_key
 from bench.limits import read_rate
@@ -65,3 +66,11 @@ def test_decode(benchmark, recorder, threads, rounds, shape, dtype, cache):
         },
     }  # fmt: skip
     recorder.add("attention_decode", decode_key(level, shape, dtype, cache), record)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("shape", decode_gpu.SHAPES, ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("cache", decode_gpu.CACHES)
+def test_decode_on_gpu(benchmark, recorder, rounds, cache, shape):
+    record = decode_gpu.measure(cache, shape, rounds, recorder.gpu_limits["copy_gb_per_s"], benchmark)
+    recorder.add_gpu("attention_decode", decode_key("gpu", shape, "bf16", cache), record)

@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 
 from bench import goals, hardware, results
-from bench.attention_report import additive_table, attention_lines, attention_table
+from bench.attention_report import additive_table, attention_lines, attention_table, gpu_attention_rows
 from bench.cells import LEVEL_NAMES, NOT_MEASURED, machine_name, number, pick, rows, times
 from bench.recurrent_report import ROOMS, gpu_recurrent_rows, recurrent_lines, recurrent_table
 
@@ -221,7 +221,8 @@ LINES = {"llm": llm_lines, "quant_matmul": sides_lines, "decoder_block": sides_l
 LINES |= dict.fromkeys(
     ("group_norm", "batch_norm", "activation", "rope", "position", "linear_scan", "selective_scan"), norm_lines
 )
-LINES |= dict.fromkeys(("attention", "attention_decode", "additive_attention"), attention_lines)
+LINES |= dict.fromkeys(("attention", "attention_decode", "additive_attention"), lambda key, record:
+                       (gpu_lines if record.get("level") == "gpu" else attention_lines)(key, record))  # fmt: skip
 LINES |= dict.fromkeys(ROOMS, lambda key, record: gpu_lines(key, record) if record["level"] == "gpu" else
                        recurrent_lines(key, record))  # fmt: skip
 
@@ -232,10 +233,14 @@ def write_tables(folder: Path, found: dict[str, list[dict]]) -> list[Path]:
     for bench, contents in found.items():
         for content in (content for content in contents if content["hardware"].get("gpu")):
             parts = [f"# {bench} on {machine_name(content)}"]
-            table = {"norm": gpu_norm_rows, "lstm": gpu_recurrent_rows}.get(bench)  # the rooms with goals
+            table = {  # the rooms with goals
+                "norm": gpu_norm_rows, "lstm": gpu_recurrent_rows, "attention": gpu_attention_rows,
+                "attention_decode": gpu_attention_rows,
+            }.get(bench)  # fmt: skip
             if table is not None:
                 head = ["| what | must | aim | measured | on |", "| --- " * 5 + "|"]
-                parts.append("\n".join([*head, *table({bench: [content]})]))
+                made = [row for row in table({bench: [content]}) if f"| {NOT_MEASURED} |" not in row]
+                parts.append("\n".join([*head, *made]))
             path = folder / f"{content['name']}-{bench}.md"
             path.write_text("\n\n".join([*parts, details({bench: [content]})]) + "\n")
             written.append(path)

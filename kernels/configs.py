@@ -99,6 +99,25 @@ _ATTENTION: dict[str, dict[int, Config]] = {
     ),
 }
 
+# Decoding: a tile of scores is [rows, keys]; of the merge, rows parts are added at once.
+_DECODE: dict[str, dict[int, Config]] = {
+    "attention_decode_split": {
+        32: Config(16, 4, 3, keys=64),
+        64: Config(16, 4, 2, keys=128),
+        128: Config(16, 4, 3, keys=64),
+        256: Config(16, 8, 2, keys=64),
+    },
+    # float32 and Q8_0: both operands of a product lie in registers, a row of them whole
+    "attention_decode_split_float32": {
+        32: Config(16, 4, keys=32),
+        64: Config(16, 4, keys=32),
+        128: Config(16, 8, keys=32),
+        256: Config(16, 8, keys=16),
+    },
+    "attention_decode_append": {32: Config(1, 1), 64: Config(1, 1), 128: Config(1, 1), 256: Config(1, 1)},
+    "attention_decode_merge": {32: Config(16, 1), 64: Config(16, 1), 128: Config(16, 4), 256: Config(16, 4)},
+}
+
 
 _TABLE: dict[str, dict[int, Config]] = {
     # kernel: block -> configuration. The largest block is the widest row that is held in registers.
@@ -169,6 +188,7 @@ _TABLE: dict[str, dict[int, Config]] = {
     "selective_scan_backward": {32: Config(16, 1)},
     "linear_scan_carry": {256: Config(1, 1)},
     **_ATTENTION,
+    **_DECODE,
     "additive_attention_forward": {32: Config(16, 4)},  # block: keys of a tile, rows: hidden units
     "additive_attention_backward": {32: Config(16, 4)},
     "additive_attention_merge": {128: Config(1, 1)},
@@ -178,7 +198,11 @@ _TABLE: dict[str, dict[int, Config]] = {
 # Where a class of architectures departs from the table. Interpreted: tiles so small that tests have several of them.
 _CLASSES = {75: "turing", 80: "ampere", 89: "ada", 90: "hopper", 100: "blackwell", 120: "blackwell"}  # from cc on
 _DEPARTURES: dict[str, dict[tuple[str, int], Config]] = {
-    "interpreted": {(name, block): Config(32, 1, keys=16) for name, table in _ATTENTION.items() for block in table},
+    "interpreted": {
+        **{(name, block): Config(32, 1, keys=16) for name, table in _ATTENTION.items() for block in table},
+        **{(name, block): Config(16, 1, keys=32) for name, table in _DECODE.items() for block in table},
+        **{("attention_decode_merge", block): Config(1, 1) for block in _DECODE["attention_decode_merge"]},
+    },
     # 12 registers a thread more than the others; attention's products of 16 bits are sums in registers, as of float32
     "turing": {
         **{

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from lanes import op_of
 
 from fastdl import BackendError, explain, ops
+from fastdl._library import twin_of
 from fastdl.ops.attention_decode import DECODE
 from fastdl.reference import attention_decode as reference
 from fastdl.testing import assert_accurate, poisoned
@@ -108,16 +111,20 @@ def test_contract(lane, shape, cache):
         shape = (*shape[:4], 32, 32)
     capacity, n_new = shape[3], shape[2]
     lens = [0, capacity - n_new, capacity // 2]
-    for dtype in lane.dtypes:
+    dtypes = lane.dtypes
+    if lane.name == "triton interpreted":  # slow: in turn
+        dtypes = dtypes[(shape[0] + CACHES.index(cache)) % 2 :][:1]
+    for dtype in dtypes:
         compare(lane, make(shape, lens, dtype, cache, lane.device))
 
 
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("pairs", ["half", "interleaved"])
 def test_rope_in_the_same_call(lane, pairs, cache):
+    """Queries of 16 bits have more digits when they are turned, and no lane drops them."""
     table = ops.rope_table(32, 100.0, 40).to(lane.device)
-    for width in (32, 16):
-        tensors = make((4, 2, 3, 30, 32, 32), [0, 11, 27], torch.float32, cache, lane.device)
+    for width, dtype in ((32, torch.float32), (16, torch.float32 if pairs == "half" else lane.dtypes[-1])):
+        tensors = make((4, 2, 3, 30, 32, 32), [0, 11, 27], dtype, cache, lane.device)
         compare(lane, tensors, cos_sin=table[:, :width].contiguous(), pairs=pairs)
 
 
@@ -146,6 +153,79 @@ def test_long_caches(lane, shape, cache):
         shape = (*shape[:3], 300, *shape[4:])
     lens = [shape[3] - shape[2], shape[3] // 2 + 1, 3]
     compare(lane, make(shape, lens, lane.dtypes[1], cache, lane.device))
+
+
+@pytest.mark.parametrize("cache", ["float32", "bfloat16"])
+def test_window_over_several_parts(lane, cache):
+    """GPU kernels do not read the parts before the window: they may hold NaN."""
+    tensors = make((2, 1, 2, 600, 32, 32), [590, 270], torch.float32, cache, lane.device)
+    compare(lane, tensors, window=(300, 0))
+    if lane.backend in ("cuda", "triton"):
+        out = decoded(lane.backend, *tensors, window=(300, 0))[0]
+        for t in tensors[3:5]:
+            t[0, :, :256] = torch.nan
+        assert torch.equal(decoded(lane.backend, *tensors, window=(300, 0))[0], out)
+
+
+@pytest.mark.parametrize("cache", ["float16", "q8_0"])
+def test_many_queries(lane, cache):
+    """More than 64 a key head: parts are longer, and several tiles of queries see different keys."""
+    heads, length = (3, 24) if lane.name == "triton interpreted" else (6, 40)
+    tensors = make((heads, 1, length, 700, 32, 32), [300], torch.float32, cache, lane.device)
+    compare(lane, tensors, window=(33, -1))
+
+
+@pytest.mark.parametrize(("cache", "width", "step"), [("float16", 41, 1), ("float32", 3, 1), ("q8_0", 96, 1)], ids=str)
+def test_addresses_without_alignment(lane, cache, width, step):
+    """Rows of an odd number of bytes, at odd addresses."""
+    q, k, v, *caches, lens = make((2, 1, 1, 20, width, width), [4, 19], torch.float32, cache, lane.device)
+    moved = []
+    for t in caches:
+        large = torch.zeros(*t.shape[:3], t.shape[3] + step, dtype=t.dtype, device=lane.device)
+        moved.append(large[..., step:])
+        moved[-1].copy_(t)
+        assert moved[-1].stride(2) == t.shape[3] + step
+    compare(lane, (q, k, v, *moved, lens))
+    out = decoded(lane.backend, q, k, v, *caches, lens)[0]
+    with torch.no_grad():
+        again = ops.attention_decode(q, *moved, lens, k_new=k, v_new=v, backend=lane.backend)
+    assert torch.equal(again, out)
+
+
+WRONG = {
+    "longer than the cache": ([20, 100], {}),
+    "no room for the last": ([15, 14], {}),
+    "negative": ([-5, -(2**31)], {}),
+    "blocks that do not exist": ([3, 9], {"block_table": torch.tensor([[0, 7, -3, 2], [1, 3, 2, 2**30]])}),
+    "angles that do not exist": ([3, 9], {"cos_sin": torch.ones(5, 8)}),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_does_not_fit_is_not_written(lane, name):
+    """On a GPU nobody looks at lengths before the kernel: it stays inside the cache, whatever they are."""
+    if lane.backend == "torch":
+        pytest.skip("torch raises IndexError")
+    lens, options = WRONG[name]
+    table, cos_sin = options.get("block_table"), options.get("cos_sin")
+    size, cache = (4, (2, 4)) if table is not None else (16, (2, 2))
+    large = torch.full((2, cache[1] + 2, 2, size + 2, 32), 7.0, device=lane.device)
+    caches = large[:, 1:-1, :, 1:-1]  # what lies around them stays
+    caches.copy_(torch.randn(caches.shape))
+    before = large.clone()
+    q, new = torch.randn(2, 4, 2, 32, device=lane.device), torch.randn(2, 2, 2, 2, 32, device=lane.device)
+    given = [None if t is None else t.to(lane.device) for t in (table if table is None else table.int(), cos_sin)]
+    lens = torch.tensor(lens, dtype=torch.int32, device=lane.device)
+    with poisoned():
+        op = DECODE[twin_of(lane.backend, torch.device(lane.device))]
+        out, lse = op(q, *new, *caches, lens, *given, None, False, 0.2, 0.0, -1, 0)
+    assert not out.isnan().any() and not lse.isnan().any()
+    written = (large != before).any(-1).any(2)  # [k and v, rows, positions]
+    assert not written[:, 0].any() and not written[:, -1].any() and not written[..., [0, -1]].any()
+    places = {"longer than the cache": [], "no room for the last": [(1, 16), (2, 15), (2, 16)]}
+    places |= {"negative": [(1, 1), (1, 2), (2, 1), (2, 2)], "blocks that do not exist": [(1, 4), (3, 2), (3, 3)]}
+    places |= {"angles that do not exist": [(1, 4), (1, 5), (2, 10), (2, 11)]}
+    assert written[0].nonzero().tolist() == written[1].nonzero().tolist() == [list(at) for at in places[name]]
 
 
 @pytest.mark.parametrize("cache", CACHES)
@@ -279,6 +359,40 @@ def test_compile(lane):
         torch.testing.assert_close(a, b, equal_nan=True)
 
 
+def test_a_graph_of_the_call_follows_the_lengths(lane):
+    """Captured once, replayed while the cache grows: no length is looked at by the host."""
+    if lane.device != "cuda" or lane.backend == "torch":
+        pytest.skip("CUDA graphs need a GPU and kernels")
+    q, k, v, k_cache, v_cache, lens = make((4, 2, 1, 600, 64, 64), [3, 250], torch.bfloat16, "bfloat16", lane.device)
+    wanted = [t.clone() for t in (k_cache, v_cache)]
+    step = functools.partial(ops.attention_decode, q, k_new=k, v_new=v, backend=lane.backend)
+    lens, graph = lens.int(), torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        step(k_cache.clone(), v_cache.clone(), lens)  # compiles
+        with torch.cuda.graph(graph):
+            out = step(k_cache, v_cache, lens)
+        for _ in range(10):
+            graph.replay()
+            assert torch.equal(out, step(*wanted, lens))
+            lens += 1
+
+
+def test_triton_launches_without_looking_at_a_value(monkeypatch):
+    """Tensors without values, on the device meta, and kernels that only note their grids."""
+    pytest.importorskip("triton")
+    from fastdl.kernels import attention_decode as kernels
+
+    grids = {}
+    for name in ("append", "split", "merge"):
+        note = type("Note", (), {"__getitem__": lambda _, grid, name=name: lambda **_: grids.update({name: grid})})
+        monkeypatch.setattr(kernels, name, note())
+    q, k, v, k_cache, v_cache, lens = make((6, 2, 1, 600, 64, 64), [3, 250], torch.bfloat16, "float16", "meta")
+    table = torch.zeros(2, 5, dtype=torch.int32, device="meta")
+    rest = (None, None, False, 0.1, 0.0, -1, 0)
+    kernels.attention_decode(q, k, v, k_cache, v_cache, lens, table, *rest)
+    assert grids == {"append": (1, 2, 2), "split": (12, 2, 2), "merge": (12,)}
+
+
 def test_explain_names_the_back_end(lane):
     q = torch.zeros(1, 1, 1, 16, device=lane.device)
     assert explain("attention_decode", q, backend=lane.backend).choice == lane.backend
@@ -287,6 +401,10 @@ def test_explain_names_the_back_end(lane):
         lens = torch.zeros(1, dtype=torch.long, device=lane.device)
         with pytest.raises(BackendError, match="float64"):
             ops.attention_decode(q.double(), *caches, lens, backend=lane.backend)
+    if lane.backend in ("cuda", "triton"):
+        q, caches = torch.zeros(1, 1, 1, 257, device=lane.device), torch.zeros(2, 1, 1, 4, 257, device=lane.device)
+        with pytest.raises(BackendError, match="head_dim 257: a row of more than 256"):
+            ops.attention_decode(q, *caches, lens, backend=lane.backend)
 
 
 def test_an_empty_cache_of_8_bits(lane):

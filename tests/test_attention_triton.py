@@ -77,7 +77,7 @@ def test_packed_sequences_over_several_tiles():
 
 def test_the_table():
     """Every kernel of the room has every width; tiles of scores are of a size that products take."""
-    names = [name for name in configs.kernels() if name.startswith("attention_")]
+    names = [name for name in configs.kernels() if name.startswith("attention_") and "decode" not in name]
     for name in names:
         assert configs.blocks(name) == (32, 64, 128, 256), name
         for cc in (None, *configs.ARCHITECTURES):

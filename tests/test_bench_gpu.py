@@ -13,7 +13,19 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))  # bench/ is not installed
 
-from bench import accuracy, attention_gpu, gpu, hardware, norm_gpu, recurrent_gpu, report, results, rooms_gpu, timing  # noqa: E402
+from bench import (  # noqa: E402
+    accuracy,
+    attention_gpu,
+    decode_gpu,
+    gpu,
+    hardware,
+    norm_gpu,
+    recurrent_gpu,
+    report,
+    results,
+    rooms_gpu,
+    timing,
+)
 
 GPU = {"model": "NVIDIA H100 80GB HBM3", "gpu": True}
 CPU = {"model": "Some CPU 7", "best_level": "avx512", "cores": 2, "flags": []}
@@ -99,6 +111,27 @@ def test_record_of_attention(kind, monkeypatch):
     products = attention_gpu.PRODUCTS[kind] * 2 * 6 * 210 * 16
     assert side["tflops"] == pytest.approx(products / 2e-6 / 1e12, rel=1e-3)
     assert side["relative_error"] <= gpu.ALLOWED and record["best_peer"] in side["speedup_over"]
+
+
+@pytest.mark.parametrize("cache", decode_gpu.CACHES)
+def test_record_and_table_of_decoding(cache, monkeypatch, tmp_path):
+    monkeypatch.setattr(decode_gpu, "PEERS", {**decode_gpu.PEERS, "SDPA math": attention_gpu.SDPBackend.MATH})
+    options = {"device": "cpu", "backends": ("torch",), "seconds_per_call": timer()}
+    record = decode_gpu.measure(cache, (2, 6, 2, 20, 32), 1, 1e-3, **options)
+    assert "fastdl torch" in record["sides"] and record["best_peer"] in record["sides"]
+    side, row_bytes = record["sides"]["fastdl torch"], 64 if cache == "bf16" else 34
+    assert side["gb_per_s"] == pytest.approx(2 * 2 * 2 * 20 * row_bytes / side["seconds"]["median"] / 1e9, abs=0.1)
+    run = {"when": "now", "commit": "c", "threads": 2, "versions": {}, "peers": {}, "limits": {"gpu": gpu_limits()}}
+    path = results.path_for(tmp_path, GPU, "attention_decode")
+    results.save(path, GPU, "r1", run, {f"gpu/decode/2x6x2x20x32/bf16/{cache}": record})
+    report.main(["--results", str(tmp_path), "--details", "--tables"])
+    text = (tmp_path / "nvidia-h100-80gb-hbm3-attention_decode.md").read_text()
+    (row,) = (line for line in text.splitlines() if line.startswith("| on a GPU"))
+    suffix = "" if cache == "bf16" else ", cache q8_0"
+    assert row.startswith(
+        f"| on a GPU: decode, batch 2, 20 keys, 6 query and 2 key heads of 32, bf16{suffix} | 1.5 × |"
+    )
+    assert "(torch), " in row and "of the copy bandwidth: " in row and "not yet measured" not in row
 
 
 def test_the_larger_copy_is_the_limit(eager_compile):

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fastdl import ops
+from fastdl.reference import attention_decode as decode
 from fastdl.testing import emulated
 
 Result = tuple[Tensor, ...]
@@ -307,6 +308,46 @@ def attention(device: str) -> int:
     return number
 
 
+def attention_decode(device: str) -> int:
+    """Caches of every type, contiguous and paged, several lengths and parts, aligned rows and odd ones; plain, and with
+    turned queries and every option. What the call wrote to the caches is compared too."""
+    number = 0
+    shapes = (  # heads, kv_heads, n_new, capacity, head_dim, d_v
+        (2, 1, 0, 0, 16, 16), (4, 2, 1, 600, 32, 64), (9, 3, 2, 40, 64, 32), (3, 1, 30, 48, 31, 127),
+        (1, 1, 1, 16, 256, 256),
+    )  # fmt: skip
+    caches, dtypes = ("float32", "float16", "bfloat16", "q8_0"), (torch.float32, torch.bfloat16)
+    for shape, options, cache, dtype in itertools.product(shapes, (False, True), caches, dtypes):
+        if (cache == "q8_0" and (shape[4] % 32 or shape[5] % 32)) or (options and not shape[3]):
+            continue
+
+        def run(backend, shape=shape, options=options, cache=cache, dtype=dtype):
+            heads, kv_heads, n_new, capacity, head_dim, d_v = shape
+            held, given = [], {"backend": backend, "return_lse": True}
+            blocks, size = (3 * capacity // 8, 8) if options else (3, capacity)
+            for width in (head_dim, d_v):
+                values = torch.randn(blocks, kv_heads, size, width, device=device)
+                held.append(decode.to_q8_0(values) if cache == "q8_0" else values.to(getattr(torch, cache)))
+                new = torch.randn(3, kv_heads, n_new, width, device=device).to(dtype)
+                given |= {"v_new" if len(held) == 2 else "k_new": new} if n_new else {}
+            if options:
+                given |= {
+                    "block_table": torch.randperm(blocks, device=device).view(3, -1), "window": (50, 1),
+                    "cos_sin": ops.rope_table(head_dim // 2 * 2, 100.0, capacity).to(device), "softcap": 5.0,
+                    "alibi_slopes": torch.rand(heads, device=device),
+                }  # fmt: skip
+            q = torch.randn(3, heads, max(n_new, 1), head_dim, device=device).to(dtype)
+            lens = torch.tensor([0, capacity - n_new, (capacity - n_new) // 3], device=device)
+            y, lse = ops.attention_decode(q, *held, lens, **given)
+            held = [decode.from_q8_0(t) if cache == "q8_0" else t.float() for t in held]
+            return y, torch.where(lse == -torch.inf, 0.0, lse), *held
+
+        tolerance = 1e-3 if dtype == torch.float32 and cache == "float32" else 5e-2
+        compare(f"attention_decode {shape} {options} {cache} {dtype}", run, tolerance)
+        number += 1
+    return number
+
+
 def additive_attention(device: str) -> int:
     """Attention and pointer, with masks, lengths and chosen keys; one chunk of keys and several, every way of tanh."""
     number = 0
@@ -354,6 +395,7 @@ CASES: dict[str, Callable[[str], int]] = {  # room -> function(device), returns 
     "linear_scan": linear_scan,
     "selective_scan": selective_scan,
     "attention": attention,
+    "attention_decode": attention_decode,
     "additive_attention": additive_attention,
 }
 

@@ -89,6 +89,21 @@ def attention_work(device: str, shapes: Sequence[Sequence[int]]) -> Iterator[tup
         yield f"attention with a bias {list(shape)}", with_gradients(causal, q, k, v, bias)
 
 
+def decode_work(device: str, shapes: Sequence[Sequence[int]]) -> Iterator[tuple[str, Work]]:
+    for shape in shapes:
+        batch, heads, groups, held, d = shape
+        q, new = (torch.randn(batch, n, 1, d, device=device).to(torch.bfloat16) for n in (heads, groups))
+        cache = torch.randn(batch, groups, held + 1, d, device=device)
+        lens = torch.full((batch,), held, dtype=torch.int32, device=device)
+        for kind, one in (("bfloat16", cache.to(torch.bfloat16)), ("float32", cache)):
+            caches = one, one.clone()
+
+            def run(backend: str, q=q, caches=caches, lens=lens, new=new) -> Sequence[Tensor]:
+                return (ops.attention_decode(q, *caches, lens, k_new=new, v_new=new, backend=backend),)
+
+            yield f"decode {list(shape)}, cache {kind}", run
+
+
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 IMAGES = ((32, 64, 112, 112), (32, 256, 56, 56), (32, 512, 28, 28), (32, 1024, 14, 14), (32, 2048, 7, 7))
 WORK: dict[str, Callable[[str], Iterator[tuple[str, Work]]]] = {
@@ -96,6 +111,7 @@ WORK: dict[str, Callable[[str], Iterator[tuple[str, Work]]]] = {
     "activation": lambda device: activation_work(device, 8192, (128, 4096)),
     "group_norm": lambda device: image_work("group_norm", device, IMAGES),
     "attention": lambda device: attention_work(device, [(2, 16, 8, 2048, d) for d in (32, 64, 128, 256)]),
+    "attention_decode": lambda device: decode_work(device, [(8, 32, 8, 8192, d) for d in (32, 64, 128, 256)]),
     "batch_norm": lambda device: image_work("batch_norm", device, IMAGES),
 }
 

@@ -61,7 +61,7 @@ ROOMS: dict[str, Room] = {
         ("cpu", "cuda", "triton"),
         ("MultiheadAttention", "TransformerEncoderLayer", "TransformerDecoderLayer"),
     ),
-    "attention_decode": Room(("attention_decode",), ("cpu",)),
+    "attention_decode": Room(("attention_decode",), ("cpu", "cuda", "triton")),
     "additive_attention": Room(
         ("additive_attention",), ("cpu", "cuda", "triton"), ("AdditiveAttention", "PointerAttention")
     ),

@@ -8,11 +8,15 @@ float32, float16, bfloat16, or 8-bit numbers (Q8_0 blocks). Keys are cut into pa
 position alone, so a sequence's result does not depend on the others. The cache is state: no gradients; `attention` has
 them.
 
-Back ends: cpu (csrc/cpu/attention_decode*), torch (fastdl/reference/attention_decode.py, on a GPU too); cuda and triton
-have no kernels of their own yet. What they refuse:
+Back ends: cpu (csrc/cpu/attention_decode*), cuda (csrc/cuda/attention_decode*), triton (kernels/attention_decode.py),
+torch (fastdl/reference/attention_decode.py). What they refuse:
 
-    | back end | refuses | because                           |
-    | cpu      | float64 | its kernels accumulate in float32 |
+    | back end          | refuses                     | because                           |
+    | cpu, cuda, triton | float64                     | its kernels accumulate in float32 |
+    | cuda, triton      | head_dim or d_v of over 256 | a row must fit in registers       |
+
+Queries are float32 while they are turned and multiplied, whatever the cache's type: also the tensor cores' products
+with a 16-bit cache are those of the float32 query, to some 22 bits.
 
 Test: ``pytest tests/test_attention_decode.py``; benchmark: ``pytest bench/bench_attention_decode.py``.
 """
@@ -23,7 +27,7 @@ import torch
 from torch import Tensor
 
 from .. import backend as backends
-from .._library import Op, twin_of
+from .._library import Op, triton_twin, twin_of
 from ..reference import attention_decode as reference
 from ..reference.attention import output_like
 from ._attention_checks import check_slopes, check_softcap, check_window
@@ -52,6 +56,7 @@ DECODE = Op(
     "int right) -> (Tensor out, Tensor lse)",
     fake=_fake,
     reference=reference.attention_decode,
+    triton=triton_twin("attention_decode", "attention_decode"),
 )
 
 
@@ -61,7 +66,13 @@ def _refuse_cpu(*, dtype: torch.dtype, **facts) -> str | None:
     return None
 
 
-backends.register_room("attention_decode", {"cpu": _refuse_cpu})
+def _refuse_gpu(*, dtype: torch.dtype, head_dim: int = 64, **facts) -> str | None:
+    if head_dim > 256:
+        return f"head_dim {head_dim}: a row of more than 256 does not fit in registers; use backend='torch'"
+    return _refuse_cpu(dtype=dtype)
+
+
+backends.register_room("attention_decode", {"cpu": _refuse_cpu, "cuda": _refuse_gpu, "triton": _refuse_gpu})
 
 
 def attention_decode(
@@ -101,11 +112,14 @@ def attention_decode(
     pairs        "half" (Hugging Face) or "interleaved" (GGUF's llama): which elements are turned together
     causal       hide later keys from the earlier of the queries
     scale, window, softcap, alibi_slopes, return_lse   as in `attention`
-    backend      None or "auto", "cpu", "torch"
+    backend      None or "auto", "cpu", "cuda", "triton", "torch"
 
     Returns O [batch, heads, n_q, d_v] in the dtype of q; with return_lse also lse float32 [batch, heads, n_q].
     Raises TypeError or ValueError naming the argument, also when a cache would overflow; fastdl.BackendError if
-    ``backend`` cannot.
+    ``backend`` cannot. On a GPU nothing looks at the values of cache_lens and block_table, which would wait for it: the
+    call can be captured in a CUDA graph and follows the lengths when it is replayed. Keys and values for which the
+    cache or the table has no place are then not written, and positions behind cos_sin take its last angles;
+    FASTDL_CHECK=1 looks, and raises the errors.
 
     >>> import torch
     >>> from fastdl import ops
@@ -128,6 +142,7 @@ def attention_decode(
         device=q.device,
         dtype=q.dtype,
         refusals=backends.in_a_transform(),
+        head_dim=max(q.shape[3], _width(v_cache)),
     )
     q, k_new, v_new = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (q, k_new, v_new))
     out, lse = DECODE[twin_of(chosen, q.device)](
