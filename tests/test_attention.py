@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from attention import OPTIONS, PAIRS, SMALL, dtypes_of, given, make, ours, torchs, whole
@@ -525,3 +528,17 @@ PACKED = {"q": torch.ones(4, 5, 8), "k": torch.ones(2, 5, 8), "v": torch.ones(2,
 def test_bad_input(change, error, message):
     with pytest.raises(error, match=message):
         ops.attention(**({"q": Q, "k": K, "v": K} | change))
+
+
+def test_no_compiler_is_needed(native):
+    """A process that finds no program at all."""
+    code = """
+import torch
+from fastdl import explain, ops
+q = torch.randn(1, 2, 5, 16, requires_grad=True)
+y = ops.attention(q, q, q, causal=True)
+y.sum().backward()
+print(explain("attention", q).choice, bool(q.grad.isfinite().all()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], env={"PATH": ""}, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["cpu", "True"], done.stderr

@@ -11,9 +11,10 @@ them.
 Back ends: cpu (csrc/cpu/attention_decode*), cuda (csrc/cuda/attention_decode*), triton (kernels/attention_decode.py),
 torch (fastdl/reference/attention_decode.py). What they refuse:
 
-    | back end          | refuses                     | because                           |
-    | cpu, cuda, triton | float64                     | its kernels accumulate in float32 |
-    | cuda, triton      | head_dim or d_v of over 256 | a row must fit in registers       |
+    | back end          | refuses                      | because                              |
+    | cpu, cuda, triton | float64                      | its kernels accumulate in float32    |
+    | cpu               | head_dim or d_v of over 4096 | a row is turned in memory of its own |
+    | cuda, triton      | head_dim or d_v of over 256  | a row must fit in registers          |
 
 Queries are float32 while they are turned and multiplied, whatever the cache's type: also the tensor cores' products
 with a 16-bit cache are those of the float32 query, to some 22 bits.
@@ -60,9 +61,11 @@ DECODE = Op(
 )
 
 
-def _refuse_cpu(*, dtype: torch.dtype, **facts) -> str | None:
+def _refuse_cpu(*, dtype: torch.dtype, head_dim: int = 64, **facts) -> str | None:
     if dtype == torch.float64:
         return "float64: its kernels accumulate in float32; use another dtype"
+    if head_dim > 4096:
+        return f"head_dim {head_dim}: its kernels hold rows of at most 4096; use backend='torch'"
     return None
 
 
