@@ -82,7 +82,7 @@ __device__ __forceinline__ void differentiate(float& p, float& dp, const Gradien
     }
     dp = weight * (dp * keep - row.delta);
     if (Capped) dp *= cap;
-    if (weight == 0.0f) dp = 0.0f;  // what is hidden: also where v and the cap are NaN
+    if (General && weight == 0.0f) dp = 0.0f;  // what a mask or a bias hides: also where v and the cap are NaN
   } else {
     dp = 0.0f;
   }
