@@ -40,7 +40,7 @@ def test_kernels_compile(room, tmp_path):
     done = run_tool(tmp_path, "--room", room, "--ends", "--arch", *architectures)
     assert done.returncode == 0, done.stdout + done.stderr
     *lines, summary = done.stdout.splitlines()
-    assert len(lines) >= 3 and f"{len(lines)} compiled, 0 failed" in summary
+    assert len(lines) >= 2 and f"{len(lines)} compiled, 0 failed" in summary
     for cc in architectures:
         assert any(f" sm_{cc} " in line for line in lines), f"nothing was compiled for {cc}"
 
